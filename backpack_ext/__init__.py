@@ -1,0 +1,43 @@
+"""Curvature in one backward pass, for any PyTorch model, on top of BackPACK.
+
+.. code-block:: python
+
+    model, loss_fn = extend(model), extend(torch.nn.CrossEntropyLoss())
+    with backpack(KFAC(approx="reduce"), BatchL2Grad()):
+        loss_fn(model(x), y).backward()
+    B, A = model.head.weight.kfac
+"""
+
+from backpack_ext.context import backpack
+from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.extend import attach_loss, extend, unextend
+from backpack_ext.extension import Extension
+from backpack_ext.first_order import (
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    SumGradSquared,
+    Variance,
+)
+from backpack_ext.ggn import DiagGGN
+from backpack_ext.kfac import KFAC
+from backpack_ext.rules import Rule, register_rule
+
+__all__ = [
+    "KFAC",
+    "BatchDotGrad",
+    "BatchGrad",
+    "BatchL2Grad",
+    "DiagGGN",
+    "Extension",
+    "RecordingError",
+    "Rule",
+    "SumGradSquared",
+    "UnsupportedError",
+    "Variance",
+    "attach_loss",
+    "backpack",
+    "extend",
+    "register_rule",
+    "unextend",
+]

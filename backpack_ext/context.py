@@ -1,0 +1,128 @@
+"""The ``with backpack(...)`` block, and what the hooks need to know about it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import backpack as _backpack
+from backpack.context import CTX
+from torch import nn
+
+from backpack_ext.extension import Extension
+
+
+class backpack(_backpack.backpack):
+    """Activate extensions, ours and BackPACK's, for the backward passes inside the block.
+
+    BackPACK's own ``backpack`` takes our extensions as well; this subclass adds three things: an
+    empty context records nothing in the forward pass (an optimizer's steps without statistics cost
+    a plain step), ``grad_scaler``, and a warning when the block ends and nothing was computed.
+
+    Args:
+        exts: Extension instances.
+        extension_hook: Called with each extended module of the graph once its quantities are on
+            its parameters, as in BackPACK. When one of our extensions is active this is at the
+            end of the backward pass.
+        debug: BackPACK's debug output.
+        retain_graph: For BackPACK's extensions. Ours follow the ``retain_graph`` of ``backward``.
+        grad_scaler: The ``torch.amp.GradScaler`` whose factor the loss was multiplied with; results
+            are free of it.
+
+    Raises:
+        ValueError: If an argument is no instance of an extension, or if two extensions save to
+            the same field.
+    """
+
+    # The innermost context of this class, or None; BackPACK's context is a process-wide global too.
+    current: backpack | None = None
+
+    def __init__(
+        self,
+        *exts,
+        extension_hook: Callable[[nn.Module], None] | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+        grad_scaler=None,
+    ):
+        super().__init__(*exts, extension_hook=extension_hook, debug=debug, retain_graph=retain_graph)
+        check_savefields(exts)
+        self.grad_scaler = grad_scaler
+        self.computed = False
+
+    def __enter__(self) -> backpack:
+        super().__enter__()
+        self._outer, backpack.current = backpack.current, self
+        self.computed = False
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        super().__exit__(kind, value, traceback)
+        backpack.current = self._outer
+        ours = [ext for ext in self.exts if isinstance(ext, Extension)]
+        if ours and kind is None and not self.computed:
+            warnings.warn(
+                f"backpack({', '.join(type(e).__name__ for e in ours)}): the block ended and nothing "
+                "was computed, because no backward pass through an extended model ran inside it. "
+                "Extend the model and the loss with backpack_ext.extend and call backward() inside "
+                "the block.",
+                stacklevel=2,
+            )
+
+
+def check_savefields(exts) -> None:
+    """Raise if two extensions of one pass would overwrite each other's results."""
+    seen = {}
+    for ext in exts:
+        other = seen.setdefault(ext.savefield, ext)
+        if other is not ext:
+            raise ValueError(
+                f"Two extensions save to the field {ext.savefield!r}: {type(other).__name__} and "
+                f"{type(ext).__name__}. Give one of them another `savefield`."
+            )
+
+
+def active_extensions() -> tuple[Extension, ...]:
+    """Return our extensions among the active ones."""
+    exts = CTX.active_exts
+    return tuple(ext for ext in exts if isinstance(ext, Extension)) if exts else ()
+
+
+def recording() -> bool:
+    """Whether a forward pass that runs now has to be recorded.
+
+    Outside of any context it is, because the backward may run inside one. Inside, it is when one
+    of our extensions is active.
+    """
+    if not _backpack.disable.store_io:
+        return False
+    if CTX.active_exts:
+        return any(isinstance(ext, Extension) for ext in CTX.active_exts)
+    return backpack.current is None or bool(backpack.current.exts)
+
+
+def loss_multiplier() -> float:
+    """Return the factor of the active ``grad_scaler`` (1 without one)."""
+    scaler = backpack.current.grad_scaler if backpack.current is not None else None
+    return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+
+
+def note_computed() -> None:
+    """Tell the innermost context of ours that a backward pass delivered something."""
+    if backpack.current is not None:
+        backpack.current.computed = True
+
+
+class SuspendBackpack:
+    """Keep BackPACK's full backward hooks from acting while a nested sweep passes through them."""
+
+    def __enter__(self) -> None:
+        self._saved = (CTX.active_exts, CTX.extension_hook, CTX.retain_graph)
+        CTX.active_exts, CTX.extension_hook, CTX.retain_graph = (), _no_op, True
+
+    def __exit__(self, *exc) -> None:
+        CTX.active_exts, CTX.extension_hook, CTX.retain_graph = self._saved
+
+
+def _no_op(module: nn.Module) -> None:
+    pass

@@ -1,0 +1,296 @@
+"""``extend``: forward hooks that record each call of a layer and of a loss."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext.context import recording
+from backpack_ext.engine import on_loss, on_output
+from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.graph import anchor_of, tag
+from backpack_ext.losses import LossCall, is_loss
+from backpack_ext.rules.base import find_rule, is_recorded
+from backpack_ext.site import Site
+
+
+class _Forward(threading.local):
+    """The outermost extended module that is running, and the size of its batch."""
+
+    root: nn.Module | None = None
+    depth = 0
+    batch: int | None = None
+
+
+_forward = _Forward()
+
+
+def extend(module: nn.Module, batch_axis: int | Mapping[str, int] = 0) -> nn.Module:
+    """Have a model or loss record what our extensions need, recursively.
+
+    Only forward hooks are added; parameters, buffers and attributes stay as they are. Extending
+    again changes nothing but ``batch_axis``. Models that BackPACK has extended can be extended, and
+    the other way round. The number of data N of a batch is the size of the first tensor that the
+    outermost extended module is called with, so extend the whole model and call the whole model.
+
+    Args:
+        module: A model, a layer, or a loss module.
+        batch_axis: Axis that counts the data, in the model's input and in its layers' inputs. A
+            mapping gives it per module path (``""`` is the model itself); a path also holds for
+            the modules below it. For a loss, 1 says that its rows are ordered sequence-first.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        TypeError: If ``module`` is no module instance.
+        ValueError: If ``batch_axis`` names a path that does not exist.
+
+    Example:
+        >>> model = extend(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+        >>> extend(model) is model
+        True
+    """
+    if not isinstance(module, nn.Module):
+        hint = " Instantiate it first." if isinstance(module, type) else ""
+        raise TypeError(f"extend expects an instance of torch.nn.Module, got {module!r}.{hint}")
+    axes = {"": batch_axis} if isinstance(batch_axis, int) else {"": 0, **batch_axis}
+    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    unknown = sorted(set(axes) - paths)
+    if unknown:
+        raise ValueError(f"batch_axis names {unknown}, but the model has no such modules.")
+    for path, sub in module.named_modules():
+        axis = _axis_of(path, axes)
+        _remove(sub)
+        if is_loss(sub):
+            LossHook(axis).attach(sub)
+            continue
+        if sub is module or any(True for _ in sub.children()):
+            RootHook(axis).attach(sub)
+        if find_rule(sub) is not None or any(True for _ in sub.parameters(recurse=False)):
+            SiteHook(path, axis).attach(sub)
+    return module
+
+
+def unextend(module: nn.Module) -> nn.Module:
+    """Remove what `extend` added, recursively.
+
+    Args:
+        module: A module, extended or not.
+
+    Returns:
+        The module itself.
+    """
+    for sub in module.modules():
+        _remove(sub)
+    return module
+
+
+def _axis_of(path: str, axes: Mapping[str, int]) -> int:
+    """Return the axis of the longest given prefix of a path."""
+    while path not in axes:
+        path = path.rpartition(".")[0]
+    return axes[path]
+
+
+def _remove(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hook in [h for h in hooks.values() if isinstance(h, Hook)]:
+            hook.detach()
+
+
+class Hook:
+    """A forward hook that knows how to take itself away, and survives copying and pickling."""
+
+    records_sites = False
+
+    def attach(self, module: nn.Module) -> None:
+        """Register the hook on a module."""
+        self.handles = [module.register_forward_hook(self, with_kwargs=True)]
+
+    def detach(self) -> None:
+        """Remove the hook from its module."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class RootHook(Hook):
+    """Notes the batch size when a forward pass enters its outermost extended module."""
+
+    def __init__(self, batch_axis: int):
+        self.batch_axis = batch_axis
+
+    def attach(self, module: nn.Module) -> None:
+        """Register before and after the module's forward; after also when it raises."""
+        self.handles = [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True),
+            module.register_forward_hook(self, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Begin a forward pass, unless one is running."""
+        if _forward.root is None:
+            _forward.root, _forward.depth = module, 1
+            _forward.batch = _batch_size((args, kwargs), self.batch_axis)
+        elif _forward.root is module:
+            _forward.depth += 1
+
+    def __call__(self, module: nn.Module, args: tuple, output) -> None:
+        """End it."""
+        if _forward.root is module:
+            _forward.depth -= 1
+            if not _forward.depth:
+                _forward.root = _forward.batch = None
+
+
+class SiteHook(Hook):
+    """Records a Site for each call of a layer."""
+
+    records_sites = True
+
+    def __init__(self, name: str, batch_axis: int):
+        self.name, self.batch_axis = name, batch_axis
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """Record the call, if its parameters are trained and something may ask for it."""
+        if not torch.is_grad_enabled() or not is_recorded(module) or not recording():
+            return
+        rule = find_rule(module)
+        parameters = (
+            rule.parameters(module)
+            if rule is not None
+            else {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
+        )
+        if not parameters or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        batch, root = _forward.batch, _forward.root
+        if batch is None:
+            batch = x.shape[self.batch_axis] if x.dim() > self.batch_axis else 0
+        try:
+            anchor, error = anchor_of(output), None
+        except UnsupportedError as problem:
+            anchor, error = output, str(problem)
+            if output._base.requires_grad and output._base.grad_fn is not None:
+                anchor = output._base
+        site = Site(
+            module,
+            self.name,
+            rule,
+            parameters,
+            x,
+            batch,
+            self.batch_axis,
+            output,
+            None if root is None else weakref.ref(root),
+        )
+        site.error = error
+        tag(anchor.grad_fn, site)
+        anchor.register_hook(_OutputHook(site, anchor is not output and error is None))
+
+
+class _OutputHook:
+    """The tensor hook on a Site's output, or on the base of which the output is a view."""
+
+    __slots__ = ("reshape", "site")
+
+    def __init__(self, site: Site, reshape: bool):
+        self.site, self.reshape = site, reshape
+
+    def __call__(self, grad: Tensor) -> None:
+        on_output(self.site, grad.reshape(self.site.out_shape) if self.reshape else grad)
+
+
+class LossHook(Hook):
+    """Records each call of a loss module."""
+
+    def __init__(self, batch_axis: int):
+        if batch_axis not in (0, 1):
+            raise ValueError(f"batch_axis of a loss is 0 or 1, got {batch_axis}.")
+        self.batch_axis = batch_axis
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """Tie the loss's value to its input."""
+        if not torch.is_grad_enabled() or not recording():
+            return
+        names = dict(zip(("input", "target"), args, strict=False)) | kwargs
+        z, y = names.get("input"), names.get("target")
+        if isinstance(z, Tensor) and isinstance(y, Tensor) and z.requires_grad:
+            _tie(output, LossCall(module, z, y, self.batch_axis))
+
+
+def attach_loss(
+    loss_module: nn.Module,
+    logits: Tensor,
+    targets: Tensor,
+    value: Tensor,
+    check: bool = True,
+    batch_axis: int = 0,
+) -> Tensor:
+    """Tie a scalar that no loss module computed to a loss definition.
+
+    For models that compute their loss inside, and for losses written by hand. From then on
+    ``value`` acts like the output of ``loss_module(logits, targets)`` in an extended model.
+
+    Args:
+        loss_module: Defines the Hessian with respect to the logits, and the reduction.
+        logits: What the loss is a function of; any tensor of the graph that ``value`` comes from.
+        targets: The targets.
+        value: The scalar that ``backward()`` will start from, or a part of it.
+        check: Whether to compare ``value`` with ``loss_module(logits, targets)``. Switch it off
+            where the loss module stands for another loss on purpose (a policy loss, say).
+        batch_axis: 0, or 1 if the rows of the logits are ordered sequence-first.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        RecordingError: If ``logits`` or ``value`` require no gradient, or ``value`` is a leaf.
+        ValueError: If ``value`` differs from what the loss module gives.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> model = extend(nn.Linear(3, 2))
+        >>> out, y = model(torch.ones(4, 3)), torch.tensor([0, 1, 1, 0])
+        >>> value = attach_loss(nn.CrossEntropyLoss(), out, y, F.cross_entropy(out, y))
+    """
+    if not (logits.requires_grad and value.requires_grad) or value.grad_fn is None:
+        raise RecordingError(
+            "attach_loss: `logits` and `value` must require a gradient and `value` must have been "
+            "computed from parameters; was it detached, or computed under no_grad?"
+        )
+    if check:
+        with torch.no_grad():
+            expected = loss_module(logits.detach(), targets)
+        tolerance = 1e-2 if value.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if expected.shape != value.shape or not torch.allclose(
+            expected.to(value.dtype), value.detach(), rtol=tolerance, atol=tolerance
+        ):
+            raise ValueError(
+                f"attach_loss: the value is {value.detach()}, but {loss_module} of these logits and "
+                f"targets gives {expected}. Pass the loss that was computed, or check=False if it "
+                "stands for another one on purpose."
+            )
+    _tie(value, LossCall(loss_module, logits, targets, batch_axis))
+    return value
+
+
+def _tie(value: Tensor, call: LossCall) -> None:
+    value.register_hook(partial(on_loss, call))
+
+
+def _batch_size(tree, axis: int) -> int | None:
+    """Return the size along ``axis`` of the first tensor in nested arguments."""
+    if isinstance(tree, Tensor):
+        return tree.shape[axis] if tree.dim() > axis else None
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return None
+    sizes = (_batch_size(branch, axis) for branch in tree)
+    return next((size for size in sizes if size is not None), None)

@@ -1,0 +1,199 @@
+"""The base class of all our extensions."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from backpack.extensions.backprop_extension import FAIL_SILENT, BackpropExtension
+from torch import Tensor, nn
+
+from backpack_ext.errors import RecordingError
+from backpack_ext.rules.base import Rule, register_class
+from backpack_ext.site import has_site_hook
+from backpack_ext.unit import Unit
+
+UNSUPPORTED = ("raise", "warn", "skip")
+_counter = itertools.count()
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Which vectors an extension wants at the layers' outputs.
+
+    Args:
+        kind: ``"gradient"`` (those of the main backward pass, no sweep), ``"exact"`` (all columns
+            of the loss-Hessian root), ``"mc"`` (samples), ``"none"`` (inputs only).
+        samples: Number of Monte-Carlo samples.
+    """
+
+    kind: str
+    samples: int = 1
+
+
+class Extension(BackpropExtension):
+    """An extension of one backward pass, written once over the layers' normal form.
+
+    Subclasses say which vectors they want (`vectors`), take them layer by layer (`absorb`), and
+    turn what they accumulated into results (`finish`). They hold no state of a pass themselves:
+    it lives in the ``store`` that they are handed.
+
+    Args:
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about trainable parameters that the loss reaches and that no rule
+            covers: ``"raise"``, ``"warn"`` or ``"skip"``.
+        generator: Random generator for sampled vectors. By default a private one, seeded from
+            ``torch.initial_seed()`` and the number of extensions made before, so that sampling
+            does not disturb the global generator.
+
+    Raises:
+        ValueError: If ``unsupported`` is none of the three.
+    """
+
+    vectors: Vectors
+    # Per-sample rows must depend on their own datum alone; False where coupling is harmless.
+    needs_independent_samples = True
+    # Results scale with loss ** power: how batches of a data set are put on one scale.
+    power = 1
+
+    def __init__(
+        self,
+        savefield: str,
+        unsupported: str = "raise",
+        generator: torch.Generator | None = None,
+    ):
+        if unsupported not in UNSUPPORTED:
+            raise ValueError(f"unsupported={unsupported!r}: expected one of {UNSUPPORTED}.")
+        super().__init__(savefield, module_exts={}, fail_mode=FAIL_SILENT)
+        self.unsupported = unsupported
+        self._rules: dict[type[nn.Module], Rule] = {}
+        self._generator = generator
+        self._order = next(_counter)
+
+    def expects_backpropagation_quantities(self) -> bool:
+        """Nothing for BackPACK to propagate: our vectors travel on their own."""
+        return False
+
+    def set_module_extension(
+        self, module: type[nn.Module], extension: Rule, overwrite: bool = False
+    ) -> None:
+        """Use a rule for a module class (and its subclasses) in this extension only.
+
+        Args:
+            module: The layer's class.
+            extension: An instance of `backpack_ext.rules.Rule`.
+            overwrite: Whether to replace a rule set before.
+
+        Raises:
+            TypeError: If ``extension`` is no rule (a BackPACK ``ModuleExtension``, for instance).
+            ValueError: If the class has a rule here and ``overwrite`` is False.
+        """
+        if not isinstance(extension, Rule):
+            raise TypeError(
+                f"{type(self).__name__}.set_module_extension: expected an instance of "
+                f"backpack_ext.rules.Rule, got {extension!r}. BackPACK's module extensions describe "
+                "one quantity of one layer; a rule describes the layer once for all quantities."
+            )
+        if not overwrite and module in self._rules:
+            raise ValueError(
+                f"{module} already has the rule {self._rules[module]!r}; use overwrite=True."
+            )
+        self._rules[module] = extension
+        register_class(module)
+
+    def rule_for(self, module: nn.Module, default: Rule | None) -> Rule | None:
+        """Return this extension's own rule for a module, or the package-wide one."""
+        if self._rules:
+            for cls in type(module).__mro__:
+                if cls in self._rules:
+                    return self._rules[cls]
+        return default
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that samples are drawn from, on ``device``."""
+        if self._generator is None:
+            seed = (torch.initial_seed() + 7919 * self._order) % 2**63
+            self._generator = torch.Generator(device).manual_seed(seed)
+        if self._generator.device.type != device.type:
+            raise ValueError(
+                f"{type(self).__name__}: the generator lives on {self._generator.device}, the "
+                f"network's output on {device}. Pass a torch.Generator({str(device)!r})."
+            )
+        return self._generator
+
+    def sweep_key(self) -> tuple:
+        """Extensions with equal keys share one sweep."""
+        if self.vectors.kind == "mc":
+            shared = id(self) if self._generator is None else id(self._generator)
+            return ("mc", self.vectors.samples, shared)
+        return (self.vectors.kind,)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of the random generator, if one was used."""
+        return {} if self._generator is None else {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor], device: str = "cpu") -> None:
+        """Restore what `state_dict` returned; ``device`` is where the generator shall live."""
+        if "generator" in state:
+            if self._generator is None:
+                self._generator = torch.Generator(device)
+            self._generator.set_state(state["generator"])
+
+    def __call__(self, module: nn.Module, g_inp, g_out) -> None:
+        """Be called by BackPACK's own backward hooks, where our results need none of their work.
+
+        Raises:
+            RecordingError: If the module was extended by BackPACK only.
+        """
+        trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+        if trainable and not has_site_hook(module):
+            raise RecordingError(
+                f"{type(self).__name__} found a {type(module).__name__} that was extended by "
+                "BackPACK only, which records nothing for it. Extend the model and the loss with "
+                "backpack_ext.extend (both kinds of hooks can live on one model)."
+            )
+
+    @abstractmethod
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Take the vectors of one layer; called once per layer and chunk of columns."""
+
+    @abstractmethod
+    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Any]]:
+        """Turn a store into results.
+
+        Args:
+            store: What `absorb` filled in.
+            scale: ``r c``, the factor between the loss's terms and the total, where the extension
+                asked for it by `needs_scale` (else 1).
+
+        Returns:
+            Pairs of a parameter and its result.
+        """
+
+    @abstractmethod
+    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
+        """Add a store to the store of a larger data set.
+
+        Args:
+            total: The store that grows.
+            store: The store of one batch.
+            weight: What the batch's loss must be multiplied with to be on the total's scale.
+            scale: ``r c`` of the batch, as in `finish`.
+        """
+
+    def over_batches(self) -> tuple[Extension, Callable[[Any], Any]]:
+        """Return what to collect over the batches of a data set, and what to make of it.
+
+        Returns:
+            An extension that runs in this one's place, and a map from its results to this one's.
+        """
+        return self, lambda result: result
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether results need ``r c`` of the loss although no sweep was asked for."""
+        return False

@@ -1,0 +1,309 @@
+r"""Per-sample gradients and their moments, with BackPACK's names, savefields and scaling.
+
+All of them are functions of the per-sample gradients :math:`G_n = \partial (r \sum_t \ell_{nt})`,
+the share of datum n in the gradient of the loss as written (for a mean loss they carry its 1/N).
+None materialises them unless it has to: see `backpack_ext.normal`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext import normal
+from backpack_ext.extension import Extension, Vectors
+from backpack_ext.unit import Unit
+
+
+class PerSample(Extension):
+    """A function of per-sample vectors that adds up over columns v.
+
+    A parameter of one layer is treated in factored form (`of_weight`). A parameter that several
+    layers use in different roles (an embedding tied to a head) gets the sum of its per-sample
+    vectors over the roles, and the function of that (`of_grads`).
+    """
+
+    vectors = Vectors("gradient")
+
+    @abstractmethod
+    def of_weight(self, a, b: Tensor) -> Tensor:
+        """Return the quantity of a weight from ``a[g,n,s,i]`` and ``b[g,v,n,s,o]``."""
+
+    @abstractmethod
+    def of_grads(self, G: Tensor) -> Tensor:
+        """Return the quantity from per-sample vectors ``G[v,n,g,o,i]``."""
+
+    # Whether the result is laid out like the parameter (per entry) or by datum only.
+    per_entry = True
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Add one layer's quantity, or its per-sample vectors if other roles are to come."""
+        for role, p in unit.parameters.items():
+            if self._other_roles(unit, p):
+                entry = store.setdefault(id(p), _Entry(p))
+                entry.add_grads(unit, role)
+                continue
+            if role == "bias":
+                value = self.of_grads(normal.bias_per_sample(unit.b))
+            else:
+                value = self.of_weight(unit.a, unit.b)
+            if self.per_entry:
+                value = unit.axes(role).to_parameter(value)
+            store.setdefault(id(p), _Entry(p)).add(value)
+
+    @staticmethod
+    def _other_roles(unit: Unit, p: nn.Parameter) -> bool:
+        """Whether live calls of other layers use the parameter."""
+        return unit.sites[0].uses_of(p) > len(unit.sites)
+
+    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the sums, after evaluating what waited for other roles."""
+        return [(entry.parameter, entry.value) for entry in self._closed(store)]
+
+    def _closed(self, store: dict) -> list[_Entry]:
+        for entry in store.values():
+            if entry.grads is not None:
+                v, n = entry.grads.shape[:2]
+                value = self.of_grads(entry.grads.reshape(v, n, 1, 1, -1))
+                if self.per_entry:
+                    value = value.reshape(*value.shape[:-3], *entry.parameter.shape)
+                entry.add(value)
+                entry.grads = None
+        return list(store.values())
+
+    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
+        """Add (or concatenate along n) the results of a batch, put on the total's scale."""
+        for entry in self._closed(store):
+            other = total.setdefault(id(entry.parameter), _Entry(entry.parameter))
+            value = entry.value * weight**self.power
+            other.value = value if other.value is None else self.join(other.value, value)
+
+    def join(self, one: Tensor, other: Tensor) -> Tensor:
+        """Join the results of two batches."""
+        return one + other
+
+
+class _Entry:
+    """What one parameter has accumulated."""
+
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter = parameter
+        self.value: Tensor | None = None
+        self.grads: Tensor | None = None  # [v, n, *parameter.shape]
+
+    def add(self, value: Tensor) -> None:
+        self.value = value if self.value is None else self.value + value
+
+    def add_grads(self, unit: Unit, role: str) -> None:
+        if role == "bias":
+            G = normal.bias_per_sample(unit.b)
+        else:
+            G = normal.per_sample(unit.a, unit.b)
+        G = unit.axes(role).to_parameter(G)
+        self.grads = G if self.grads is None else self.grads + G
+
+
+class BatchGrad(PerSample):
+    """Per-sample gradients, ``[N, *parameter.shape]`` in ``grad_batch``.
+
+    ``grad_batch[n]`` is the share of datum n in the gradient of the loss as written: for a mean
+    loss it carries the 1/N, and ``grad_batch.sum(0)`` is the gradient.
+
+    Args:
+        subsampling: Indices of the data to compute; all by default.
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+
+    Raises:
+        ValueError: If an index lies outside of the batch (in the backward pass).
+
+    Example:
+        >>> from backpack_ext import backpack, extend
+        >>> model, loss_fn = extend(nn.Linear(1, 1, bias=False)), extend(nn.MSELoss(reduction="sum"))
+        >>> _ = nn.init.ones_(model.weight)
+        >>> X = torch.tensor([[1.0], [2.0]])
+        >>> with backpack(BatchGrad()):
+        ...     loss_fn(model(X), torch.zeros(2, 1)).backward()
+        >>> model.weight.grad_batch.flatten()  # 2 x^2
+        tensor([2., 8.])
+    """
+
+    def __init__(
+        self,
+        subsampling: Sequence[int] | None = None,
+        savefield: str = "grad_batch",
+        unsupported: str = "raise",
+    ):
+        super().__init__(savefield, unsupported)
+        self.subsampling = None if subsampling is None else list(subsampling)
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Add one layer's per-sample gradients."""
+        index = self.subsampling
+        if index is not None and any(not -unit.batch <= k < unit.batch for k in index):
+            raise ValueError(f"BatchGrad: subsampling={index} for a batch of {unit.batch}.")
+        super().absorb(store, unit)
+
+    def of_weight(self, a, b):
+        """``sum_s b a`` for the chosen data, ``[n,g,o,i]``."""
+        if self.subsampling is not None:
+            index = torch.tensor(self.subsampling, device=b.device)
+            a = a.select(index) if isinstance(a, normal.OneHot) else a[:, index]
+            b = b[:, :, index]
+        return normal.per_sample(a, b)[0]
+
+    def of_grads(self, G):
+        """``G[0]``, the chosen data."""
+        return G[0] if self.subsampling is None else G[0, self.subsampling]
+
+    def join(self, one, other):
+        """Concatenate along n."""
+        return torch.cat([one, other])
+
+    def over_batches(self):
+        """Refuse sub-sampling: indices of one batch mean nothing for another."""
+        if self.subsampling is not None:
+            raise ValueError("BatchGrad: subsampling is for one batch, not for a data set.")
+        return super().over_batches()
+
+
+class BatchL2Grad(PerSample):
+    """Squared Euclidean norms of the per-sample gradients, ``[N]`` in ``batch_l2``.
+
+    Scaling as in `BatchGrad`: for a mean loss the norms are those of the gradients times 1/N.
+
+    Args:
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+    """
+
+    per_entry = False
+    power = 2
+
+    def __init__(self, savefield: str = "batch_l2", unsupported: str = "raise"):
+        super().__init__(savefield, unsupported)
+
+    def of_weight(self, a, b):
+        """``sum_goi G**2``, through a Gram product where that is cheaper."""
+        return normal.square_norms(a, b)[0]
+
+    def of_grads(self, G):
+        """``sum_goi G**2``."""
+        return G[0].square().sum((1, 2, 3))
+
+    def join(self, one, other):
+        """Concatenate along n."""
+        return torch.cat([one, other])
+
+
+class BatchDotGrad(PerSample):
+    """Pairwise dot products of the per-sample gradients, ``[N, N]`` in ``batch_dot``.
+
+    Scaling as in `BatchGrad`: for a mean loss each factor carries 1/N.
+
+    Args:
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+    """
+
+    per_entry = False
+    power = 2
+
+    def __init__(self, savefield: str = "batch_dot", unsupported: str = "raise"):
+        super().__init__(savefield, unsupported)
+
+    def of_weight(self, a, b):
+        """``sum_goi G_n G_m``, through a Gram product where that is cheaper."""
+        return normal.dots(a, b)[0]
+
+    def of_grads(self, G):
+        """``sum_goi G_n G_m``."""
+        return _pairwise(G[0])
+
+    def over_batches(self):
+        """Collect the gradients themselves: pairs may come from different batches."""
+        return BatchGrad(savefield=self.savefield, unsupported=self.unsupported), _pairwise
+
+
+def _pairwise(G: Tensor) -> Tensor:
+    """Return all dot products of the rows of ``G[n,...]``."""
+    G = G.flatten(1)
+    return G @ G.mT
+
+
+class SumGradSquared(PerSample):
+    """Sum over the batch of squared per-sample gradients, shaped like the parameter.
+
+    In ``sum_grad_squared``. Scaling as in `BatchGrad`: for a mean loss each square carries 1/N^2.
+
+    Args:
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+    """
+
+    power = 2
+
+    def __init__(self, savefield: str = "sum_grad_squared", unsupported: str = "raise"):
+        super().__init__(savefield, unsupported)
+
+    def of_weight(self, a, b):
+        """``sum_vn G**2``."""
+        return normal.square_sum(a, b)
+
+    def of_grads(self, G):
+        """``sum_vn G**2``."""
+        return G.square().sum((0, 1))
+
+
+class Variance(PerSample):
+    r"""Variance of the per-sample gradients over the batch, shaped like the parameter.
+
+    .. math::  \frac1N \sum_n G_n^2 - \Big(\frac1N \sum_n G_n\Big)^2
+
+    In ``variance``. Scaling as in `BatchGrad`: for a mean loss G carries 1/N, so the variance of
+    the data's own gradients is ``N**2`` times this.
+
+    Args:
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+    """
+
+    power = 1  # of the sums; their squares are taken apart in `merge`
+
+    def __init__(self, savefield: str = "variance", unsupported: str = "raise"):
+        super().__init__(savefield, unsupported)
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Add the moments of one layer, and note N."""
+        super().absorb(store, unit)
+        for p in unit.parameters.values():
+            store[id(p)].batch = unit.batch
+
+    def of_weight(self, a, b):
+        """``sum_n G`` and ``sum_n G**2``, stacked."""
+        first = normal.per_sample_sum(a, b)
+        return torch.stack([first, normal.square_sum(a, b)])
+
+    def of_grads(self, G):
+        """``sum_n G`` and ``sum_n G**2``, stacked."""
+        return torch.stack([G.sum((0, 1)), G.square().sum((0, 1))])
+
+    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+        """Subtract the squared mean from the mean square."""
+        results = []
+        for entry in self._closed(store):
+            mean, square = entry.value / entry.batch
+            results.append((entry.parameter, square - mean**2))
+        return results
+
+    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
+        """Add both moments and N."""
+        for entry in self._closed(store):
+            first, square = entry.value
+            entry.value = torch.stack([first, square * weight])
+            batch = getattr(total.get(id(entry.parameter)), "batch", 0)
+            super().merge(total, {id(entry.parameter): entry}, weight, scale)
+            total[id(entry.parameter)].batch = batch + entry.batch

@@ -1,0 +1,193 @@
+"""Walking the autograd graph: which Sites, parameters and couplings a loss reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack_ext.errors import UnsupportedError
+from backpack_ext.site import Site
+
+# Key under which a node's metadata lists the Sites whose output the node produced.
+TAG = "backpack_ext.sites"
+
+# Nodes that pass a cotangent on unchanged (up to a factor), summed over axes that were broadcast.
+_SUMS = ("AddBackward0", "SubBackward0")
+
+
+@dataclass(eq=False)
+class Capture:
+    """Where a Site's vectors are taken: an edge, and the factor between the two.
+
+    Args:
+        edge: Usually the edge of the layer's own output.
+        factor: Multiplies what arrives there.
+    """
+
+    edge: GradientEdge
+    factor: float = 1.0
+
+
+@dataclass(eq=False)
+class Reach:
+    """What the graph behind a tensor consists of.
+
+    Attributes:
+        sites: The Sites, each with the places where its vectors are taken.
+        sources: Edges of those Sites that have no Site upstream. Differentiating with respect to
+            them visits all others on the way.
+        parameters: Leaf parameters by id.
+        coupled: Names of nodes that couple samples (training-mode batch norm).
+    """
+
+    sites: dict[Site, list[Capture]] = field(default_factory=dict)
+    sources: list[GradientEdge] = field(default_factory=list)
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    coupled: list[str] = field(default_factory=list)
+
+
+def tag(node: Node, site: Site) -> None:
+    """Mark a node as the producer of a Site's output."""
+    node.metadata.setdefault(TAG, []).append(site)
+
+
+def walk(start: GradientEdge) -> Reach:
+    """Collect what lies upstream of an edge, in one depth-first pass.
+
+    Args:
+        start: Edge of the tensor that a loss was computed from.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UnsupportedError: If a layer's output is shared by all data in a way that hides the
+            vectors of the single datum.
+    """
+    reach = Reach()
+    behind: dict[Node, bool] = {}  # is a Site at this node or upstream of it?
+    consumers: dict[Node, list[tuple[Node, int]]] = {}  # of watched nodes only
+    stack = [(start.node, False)]
+    while stack:
+        node, finished = stack.pop()
+        if not finished:
+            if node in behind:
+                continue
+            behind[node] = False
+            children = node.next_functions
+            if children:
+                stack.append((node, True))
+                stack.extend((child, False) for child, _ in children if child not in behind and child)
+            else:
+                variable = getattr(node, "variable", None)
+                if isinstance(variable, nn.Parameter):
+                    reach.parameters[id(variable)] = variable
+            continue
+        upstream = False
+        for index, (child, _) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            upstream = upstream or behind[child]
+            if child in consumers:
+                consumers[child].append((node, index))
+                if node.name() in _SUMS or node.name() in _RESHAPES:
+                    consumers.setdefault(node, [])
+        sites = node.metadata.get(TAG)
+        if sites:
+            edge = GradientEdge(node, 0)
+            for site in sites:
+                reach.sites[site] = [Capture(edge)]
+                if not site.depends_on_parameters:
+                    consumers.setdefault(node, [])
+            if not upstream:
+                reach.sources.append(edge)
+        elif "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
+            reach.coupled.append(node.name())
+        behind[node] = upstream or bool(sites)
+    for site, captures in reach.sites.items():
+        if captures[0].edge.node in consumers:
+            _find_broadcast(site, captures, consumers)
+    return reach
+
+
+# Nodes that only reshape or cast, and those that add axes in front.
+_RESHAPES = (
+    "UnsqueezeBackward0",
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ToCopyBackward0",
+    "AliasBackward0",
+    "CloneBackward0",
+)
+_EXPANSIONS = (*_SUMS, "ExpandBackward0")
+
+
+def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> None:
+    """Take the vectors of an output that all data share behind the broadcast.
+
+    A position embedding, say, is added to every datum: at its own output the cotangents of all data
+    arrive summed up, at the output of the addition they are still apart.
+    """
+    if site.batch == 1:
+        return
+    numel = site.out_shape.numel()
+    found, rest = [], []
+    pending = [(captures[0].edge.node, 1.0)]
+    while pending:
+        node, factor = pending.pop()
+        for consumer, index in consumers.get(node, ()):
+            name = consumer.name()
+            inner, outer = node._input_metadata[0].shape, consumer._input_metadata[0].shape
+            aligned = [1] * (len(outer) - len(inner)) + list(inner)
+            over_data = outer and aligned[0] == 1 and outer[0] == site.batch
+            here = factor
+            if name in _SUMS and index == 1:
+                here *= consumer._saved_alpha * (-1 if name == "SubBackward0" else 1)
+            if name in _EXPANSIONS and over_data and aligned[1:] == list(outer[1:]):
+                found.append(Capture(GradientEdge(consumer, 0), float(here)))
+            elif torch.Size(outer).numel() == numel and name in (*_SUMS, *_RESHAPES):
+                pending.append((consumer, here))
+            else:
+                rest.append(name)
+    site.broadcast = bool(found) and not rest
+    if site.broadcast:
+        captures[:] = found
+    elif found or site.out_shape[:1] == (1,):
+        site.error = (
+            f"its output of shape {tuple(site.out_shape)} is shared by all {site.batch} data, and "
+            f"the vectors of the single datum cannot be told apart behind {sorted(set(rest))}. "
+            "Only outputs that are added to per-datum tensors can be treated"
+        )
+
+
+def edge_of(t: Tensor) -> GradientEdge:
+    """Return the gradient edge of a tensor, looking through BackPACK's identity hook nodes."""
+    edge = torch.autograd.graph.get_gradient_edge(t)
+    while edge.node.name() == "BackwardHookFunctionBackward":
+        edge = GradientEdge(*edge.node.next_functions[edge.output_nr])
+    return edge
+
+
+def anchor_of(output: Tensor) -> Tensor:
+    """Return the tensor whose edge stays right under later in-place operations.
+
+    An in-place operation on a view rewrites the view's history, and a hook on it is lost; the base
+    of the view keeps both.
+
+    Raises:
+        UnsupportedError: If the output is a view of only a part of its base.
+    """
+    if not output._is_view():
+        return output
+    base = output._base
+    covers = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    if base.requires_grad and base.grad_fn is not None and covers:
+        return base
+    raise UnsupportedError(
+        f"the output is a view of shape {tuple(output.shape)} that does not cover its base of shape "
+        f"{tuple(base.shape)} in the same order. Return a tensor of its own, `output.clone()` for "
+        "instance."
+    )

@@ -1,0 +1,148 @@
+"""The interface of a rule: how one layer family reaches the normal form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from curvature import Axes
+
+if TYPE_CHECKING:
+    from backpack_ext.normal import OneHot
+    from backpack_ext.site import Site
+
+
+class Rule(ABC):
+    r"""Brings a layer that is affine in its parameters to the normal form.
+
+    .. math::  z_{nso} = \\sum_i W_{oi} a_{nsi} + \\beta_o
+
+    with n the datum, s the position that shares the weight, o and i the features. A rule says what
+    ``a`` is (`inputs`), how vectors at the output are laid out (`cotangents`), and how the
+    parameter's axes form the matrix W (`axes`). Every quantity follows from these three.
+
+    Attributes:
+        weight: Name of the module's attribute that holds W.
+        bias: Name of the attribute that holds beta, or None.
+    """
+
+    weight: str = "weight"
+    bias: str | None = "bias"
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the module's trainable parameters by role, ``"weight"`` and ``"bias"``.
+
+        An attribute that is no Parameter (a parametrised weight) is left out: the parameters
+        behind it are then reported as uncovered.
+        """
+        found = {}
+        for role, name in (("weight", self.weight), ("bias", self.bias)):
+            p = module._parameters.get(name)
+            if p is not None and p.requires_grad:
+                found[role] = p
+        return found
+
+    def groups(self, module: nn.Module) -> int:
+        """Return the number of groups g."""
+        return 1
+
+    @abstractmethod
+    def inputs(self, site: Site) -> Tensor | OneHot:
+        """Return the layer's input in normal form, ``[n, s, i]`` or ``[g, n, s, i]``."""
+
+    @abstractmethod
+    def cotangents(self, site: Site, g: Tensor) -> Tensor:
+        """Bring vectors at the output to the normal form.
+
+        Args:
+            site: The layer's call.
+            g: ``[v, *output.shape]``.
+
+        Returns:
+            ``[v, n, s, o]`` or ``[g, v, n, s, o]``.
+        """
+
+    def axes(self, module: nn.Module, role: str) -> Axes:
+        """Return how the axes of a parameter form the matrix ``[g, o, i]``."""
+        if role == "bias":
+            return Axes("(g o) -> g o 1", (("g", self.groups(module)),))
+        return self.weight_axes(module)
+
+    def weight_axes(self, module: nn.Module) -> Axes:
+        """Return the axes of the weight; a plain ``[o, i]`` matrix by default."""
+        return Axes("o i -> 1 o i")
+
+
+# Filled by rules/__init__.py, where the whole table is in sight, and by `register_rule`.
+RULES: dict[type[nn.Module], Rule] = {}
+
+# Classes that only single extensions have a rule for; their calls are recorded as well.
+_extra_classes: set[type[nn.Module]] = set()
+
+
+def register_rule(
+    *classes: type[nn.Module], overwrite: bool = False
+) -> Callable[[type[Rule]], type[Rule]]:
+    """Decorate a rule class to use it package-wide for module classes and their subclasses.
+
+    Args:
+        classes: The layers' classes.
+        overwrite: Whether to replace an existing rule.
+
+    Raises:
+        TypeError: If something decorated is no rule class.
+        ValueError: If a class has a rule and ``overwrite`` is False.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     pass
+        >>> @register_rule(Scaled)
+        ... class ScaledRule(type(RULES[nn.Linear])):
+        ...     pass
+        >>> type(find_rule(Scaled(2, 3))).__name__
+        'ScaledRule'
+    """
+
+    def decorate(rule: type[Rule]) -> type[Rule]:
+        if not (isinstance(rule, type) and issubclass(rule, Rule)):
+            raise TypeError(f"register_rule decorates a subclass of Rule, got {rule!r}.")
+        for cls in classes:
+            if cls in RULES and not overwrite:
+                raise ValueError(f"{cls} already has the rule {RULES[cls]!r}; use overwrite=True.")
+            RULES[cls] = rule()
+        _lookup.clear()
+        return rule
+
+    return decorate
+
+
+def register_class(cls: type[nn.Module]) -> None:
+    """Have calls of a class recorded that no package-wide rule covers."""
+    _extra_classes.add(cls)
+    _lookup.clear()
+
+
+_lookup: dict[type[nn.Module], tuple[Rule | None, bool]] = {}
+
+
+def _find(cls: type[nn.Module]) -> tuple[Rule | None, bool]:
+    """Return the rule of a class along its MRO, and whether its calls are recorded."""
+    entry = _lookup.get(cls)
+    if entry is None:
+        rule = next((RULES[c] for c in cls.__mro__ if c in RULES), None)
+        extra = any(c in _extra_classes for c in cls.__mro__)
+        entry = _lookup[cls] = (rule, rule is not None or extra)
+    return entry
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """Return the package-wide rule of a module, looked up along its class's MRO."""
+    return _find(type(module))[0]
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether calls of a module are recorded: some rule, package-wide or not, treats it."""
+    return _find(type(module))[1]

@@ -1,0 +1,184 @@
+"""What one call of a layer leaves behind for the backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from backpack_ext.errors import RecordingError, UnsupportedError
+
+if TYPE_CHECKING:
+    from backpack_ext.rules.base import Rule
+
+# How many live Sites use a parameter, by id. A Site holds its module, hence its parameters, so an
+# id cannot be reused while it is counted. A count of one means: this call is all there is.
+_calls: Counter[int] = Counter()
+
+
+class Site:
+    """One call of a layer: its detached input, and where its output sits in the graph.
+
+    The graph owns its Sites: they are held by a node's ``metadata`` and by a tensor hook, and they
+    hold no node themselves (a cycle through a node's metadata is never freed).
+
+    Attributes:
+        module: The layer.
+        name: Its path in the extended model.
+        rule: The package-wide rule of its class; None if only single extensions have one.
+        parameters: The trainable parameters by role, e.g. ``{"weight": p, "bias": q}``.
+        x: The detached input, None once released.
+        batch: Number of data N in the mini-batch, known from the outermost module's input.
+        batch_axis: Axis that counts the data in this layer's input and output.
+        out_shape: Shape of the output.
+        root: Weak reference to the outermost extended module of the call, or None.
+        error: Why this call cannot be treated, raised if an extension needs it.
+        broadcast: Whether the output is shared by all data (set when the graph is walked).
+        depends_on_parameters: Whether the input requires a gradient.
+        device_type: Device type, for autocast.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_live",
+        "_version",
+        "batch",
+        "batch_axis",
+        "broadcast",
+        "depends_on_parameters",
+        "device_type",
+        "error",
+        "module",
+        "name",
+        "out_shape",
+        "parameters",
+        "root",
+        "rule",
+        "x",
+    )
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        rule: Rule | None,
+        parameters: dict[str, nn.Parameter],
+        x: Tensor,
+        batch: int,
+        batch_axis: int,
+        output: Tensor,
+        root: weakref.ref | None,
+    ):
+        self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
+        self.x, self._version = x.detach(), x._version
+        self.depends_on_parameters = x.requires_grad
+        self.batch, self.batch_axis = batch, batch_axis
+        self.out_shape = output.shape
+        self.root = root
+        self.error: str | None = None
+        self.broadcast = False
+        self.device_type = output.device.type
+        self._live = True
+        for p in parameters.values():
+            _calls[id(p)] += 1
+
+    def __repr__(self) -> str:
+        return f"Site({self.label})"
+
+    @property
+    def label(self) -> str:
+        """Module path and class, for messages."""
+        return f"{self.name or '(root)'} ({type(self.module).__name__})"
+
+    @property
+    def shared(self) -> bool:
+        """Whether another live call uses one of the parameters."""
+        return any(_calls[id(p)] > 1 for p in self.parameters.values())
+
+    @staticmethod
+    def uses_of(parameter: nn.Parameter) -> int:
+        """Return how many live calls use a parameter."""
+        return _calls[id(parameter)]
+
+    def input(self) -> Tensor:
+        """Return the recorded input.
+
+        Raises:
+            RecordingError: If it was released, or overwritten after the layer had read it.
+        """
+        if self.x is None:
+            raise RecordingError(
+                f"{self.label}: the layer's input is gone. It is kept until the first backward "
+                "pass without retain_graph=True."
+            )
+        if self.x._version != self._version:
+            raise RecordingError(
+                f"{self.label}: the layer's input was modified in place after the layer had read "
+                "it. Use an out-of-place operation there."
+            )
+        return self.x
+
+    def rows(self, t: Tensor, features: int) -> Tensor:
+        """Bring an input to ``[N, S, *features]``: data first, all shared positions second.
+
+        Args:
+            t: ``[..., *features]`` with the batch axis among its leading axes, or with one leading
+                axis of size ``k N``, which is read as ``[N, k]`` (``[k, N]`` if `batch_axis` is 1).
+                An input that all data share is repeated for each of them.
+            features: Number of trailing feature axes.
+
+        Raises:
+            UnsupportedError: If no reading fits.
+        """
+        if self.broadcast:
+            lead = t.shape[: t.dim() - features]
+            t = t.reshape(1, lead.numel(), *t.shape[len(lead) :])
+            return t.expand(self.batch, *t.shape[1:])
+        return self._split(t.unsqueeze(0), features)[0]
+
+    def vector_rows(self, t: Tensor, features: int) -> Tensor:
+        """Bring vectors ``[v, ..., *features]`` at the output to ``[v, N, S, *features]``."""
+        if self.broadcast:  # captured behind the broadcast: [v, N, ..., *features]
+            return t.reshape(*t.shape[:2], -1, *t.shape[t.dim() - features :])
+        return self._split(t, features)
+
+    def _split(self, t: Tensor, features: int) -> Tensor:
+        lead = t.dim() - 1 - features
+        v, shape, feature_shape = t.shape[0], t.shape[1 : 1 + lead], t.shape[1 + lead :]
+        N, axis = self.batch, self.batch_axis
+        if lead < 1:
+            raise UnsupportedError(
+                f"{self.label}: the input has no batch axis (shape {tuple(t.shape[1:])}). Add one: "
+                "per-datum quantities need it even for a single datum."
+            )
+        if axis < lead and shape[axis] == N:
+            return t.movedim(1 + axis, 1).reshape(v, N, -1, *feature_shape)
+        if axis == 0 and shape[0] % N == 0:
+            return t.reshape(v, N, -1, *feature_shape)
+        if axis == 1 and lead == 1 and shape[0] % N == 0:
+            return t.reshape(v, -1, N, *feature_shape).transpose(1, 2)
+        raise UnsupportedError(
+            f"{self.label}: cannot find the {N} data of the batch in a tensor of shape "
+            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the outermost "
+            "extended module's input. If this layer counts its data elsewhere, say so: "
+            f"extend(model, batch_axis={{{self.name!r}: AXIS}})."
+        )
+
+    def release(self) -> None:
+        """Let go of the input; the Site no longer counts as a use of its parameters."""
+        self.x = None
+        if self._live:
+            self._live = False
+            for p in self.parameters.values():
+                _calls[id(p)] -= 1
+                if not _calls[id(p)]:
+                    del _calls[id(p)]
+
+    __del__ = release
+
+
+def has_site_hook(module: nn.Module) -> bool:
+    """Whether `extend` has put a recording hook on a module."""
+    return any(getattr(h, "records_sites", False) for h in module._forward_hooks.values())
