@@ -69,7 +69,7 @@ def collect(
         nonlocal batch_scale
         batch_scale = scale
         index = next(k for k, (run, _) in enumerate(runs) if run is ext)
-        ext.merge(totals[index], store, 1.0 / scale, scale)
+        ext.merge(totals[index], store, 1.0 / scale)
 
     gradients = [(p, p.grad) for p in model.parameters()]
     batches = 0
@@ -91,8 +91,8 @@ def collect(
     results: dict[str, dict[str, Any]] = {}
     for ext, (run, finish), total in zip(extensions, runs, totals, strict=True):
         scaled: dict = {}
-        run.merge(scaled, total, scale, 1.0)
-        results[ext.savefield] = {names[id(p)]: finish(result) for p, result in run.finish(scaled, 1.0)}
+        run.merge(scaled, total, scale)
+        results[ext.savefield] = {names[id(p)]: finish(result) for p, result in run.finish(scaled)}
     return results
 
 

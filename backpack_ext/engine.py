@@ -1,24 +1,28 @@
-"""What happens in a backward pass: hooks on losses and layers, sweeps, publishing.
+"""What happens in a backward pass: events, sweeps, publishing.
 
 The order of events in one ``backward()``:
 
-1. the hook on an extended loss's value fires first; it walks the graph and runs the sweeps;
-2. the hooks on the layers' outputs fire as the gradient passes;
-3. a callback at the end of the backward pass joins, checks and publishes.
+1. the hook on an extended loss's value fires; it walks the graph, taps the layers' outputs and runs
+   the sweeps;
+2. the hook on the model's output fires; if no extended loss lies behind it, it taps the layers;
+3. the taps fire as the gradient passes the layers;
+4. a callback at the end of the backward pass joins, checks and publishes.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from math import sqrt
 
 import torch
 from backpack.context import CTX
+from backpack.utils.hooks import no_op
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import Node
 
 from backpack_ext.context import (
     active_extensions,
@@ -31,8 +35,9 @@ from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Reach, walk
 from backpack_ext.losses import LossCall
+from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
-from backpack_ext.sweep import Receiver, Sweep, missing_cotangents, sweep
+from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
 
 # The running backward passes by graph task. Each is held by its own final callback, so that one
@@ -56,7 +61,7 @@ def redirect(sink: Callable[[Extension, dict, float], None]):
 
 def on_loss(call: LossCall, grad: Tensor) -> None:
     """React to the gradient that arrives at an extended loss's value (a tensor hook)."""
-    if Sweep.active is not None:
+    if Receiver.active is not None:
         return
     extensions = active_extensions()
     if extensions:
@@ -65,17 +70,19 @@ def on_loss(call: LossCall, grad: Tensor) -> None:
         call.release()
 
 
-def on_output(site: Site, grad: Tensor) -> None:
-    """React to the cotangent that arrives at a layer's output (a tensor hook)."""
-    if Sweep.active is not None:
-        if isinstance(Sweep.active, Receiver):
-            Sweep.active.at_output(site, grad)
+def on_model_output(grad: Tensor) -> None:
+    """React to the gradient that arrives at the output of an extended model (a tensor hook)."""
+    if Receiver.active is not None:
         return
+    node = torch._C._current_autograd_node()
     extensions = active_extensions()
     if extensions:
-        current_pass(extensions).gradient(site, grad)
+        current_pass(extensions).output(node)
     elif not keeps_graph():
-        site.release()
+        # a plain backward pass frees what autograd saved; so do we
+        for site, captures in walk(node).sites.items():
+            if torch._C._will_engine_execute_node(captures[0].edge.node):
+                site.release()
 
 
 def keeps_graph() -> bool:
@@ -106,14 +113,14 @@ class BackwardPass:
         self.stores: dict[Extension, dict] = {ext: {} for ext in extensions}
         self.main = [e for e in extensions if e.vectors.kind in ("gradient", "none")]
         self.multiplier = loss_multiplier()
-        self.losses = 0
-        self.scale: float | None = None
         self.keep = keeps_graph()
-        self.expected: dict[Site, bool] = {}  # Sites of the losses -> has the gradient passed?
-        self.deferred: list[tuple[Site, Tensor]] = []
-        self.visited: dict[Site, None] = {}
-        self.reached: dict[int, nn.Parameter] | None = None  # where no loss says what it reaches
-        self.receiver = Receiver(Reach(), self._take_gradient)
+        self.loud = torch.is_grad_enabled(), _autocast_devices()
+        self.scale: float | None = None
+        self.nodes: list[Collection[Node]] = []  # visited by walks
+        self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
+        self.expected: dict[Site, bool] = {}  # has the gradient passed?
+        self.pending = Pending()
+        self.receiver = Receiver({}, self._take_gradient)
         self.handles: list = []
         self.hook = _CollectingHook()
 
@@ -133,72 +140,74 @@ class BackwardPass:
                 'of a scalar total. Use reduction "mean" or "sum", or tie your total to a loss with '
                 "backpack_ext.attach_loss."
             )
-        reach = walk(call.start)
-        batch = self._check_reach(call, reach)
+        reach = walk(call.start.node)
+        batch = self._check_reach(call.label, reach)
+        if call.z.numel() == 0:
+            raise empty_batch(call.label)
         if seeds or scaled or _sink is not None:
             call.check()
             self._note_scale(call, grad, scaled)
-        self.losses += 1
-        self._expect(reach)
+        for site in reach.sites:
+            self.unscaled.pop(site, None)
+        self._tap(reach)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
-    def gradient(self, site: Site, grad: Tensor) -> None:
-        """Take the main backward's own gradient at a layer's output."""
-        if not self.losses and self.reached is None:
-            self._without_loss(site)
-        if site in self.expected:
-            self.expected[site] = True
-        self.visited[site] = None
-        if not site.broadcast:
-            self._take_gradient(site, grad.unsqueeze(0))
-        if not self.keep and not site.shared:
-            site.release()
+    def output(self, node: Node) -> None:
+        """Tap the layers behind a model's output, unless a loss has done so.
+
+        The loss may still come: a model that computes its loss inside has both among its outputs.
+        """
+        if any(node in nodes for nodes in self.nodes):
+            return
+        reach = walk(node)
+        self._check_reach("the model's output", reach)
+        self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
+        self._tap(reach)
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""
         for handle in self.handles:
             handle.remove()
         try:
-            self._flush(self.main)
-            if self.reached:
-                for ext in self.extensions:
-                    check_coverage(ext, self.visited, self.reached)
-            missing = [site.label for site, seen in self.expected.items() if not seen]
-            if missing:
+            self._check_losses()
+            self._flush(self.main, self.pending)
+            missing = [site.label for site, passed in self.expected.items() if not passed]
+            if missing and self.main:
                 raise missing_cotangents(missing)
             for ext, store in self.stores.items():
-                scale = self.scale if ext.needs_scale and self.scale is not None else 1.0
                 if _sink is not None:
-                    _sink(ext, store, self.scale if self.scale is not None else 1.0)
+                    _sink(ext, store, 1.0 if self.scale is None else self.scale)
                 else:
-                    for parameter, result in ext.finish(store, scale):
-                        setattr(parameter, ext.savefield, result)
+                    field = ext.savefield
+                    for parameter, result in ext.finish(store):
+                        setattr(parameter, field, result)
             note_computed()
         finally:
             modules = self.hook.remove()
-        for site in self.visited:
-            modules.setdefault(site.module)
-            if not self.keep:
+        if not self.keep:
+            for site in self.expected:
                 site.release()
-        for module in modules:
-            self.hook.users(module)
+        if self.hook.wanted:
+            for module in modules | dict.fromkeys(site.module for site in self.expected):
+                self.hook.users(module)
 
     # ------------------------------------------------------------------ checks
 
-    def _check_reach(self, call: LossCall, reach: Reach) -> int:
-        """Check what the loss depends on; return the batch size."""
+    def _check_reach(self, start: str, reach: Reach) -> int:
+        """Check what a loss or output depends on; return the batch size."""
+        self.nodes.append(reach.nodes)
         batches = {site.batch: site.label for site in reach.sites}
         if len(batches) > 1:
             found = ", ".join(f"{label}: {N}" for N, label in batches.items())
             raise RecordingError(
-                f"The layers behind {call.label} disagree about the batch size ({found}). It is the "
+                f"The layers behind {start} disagree about the batch size ({found}). It is the "
                 "leading size of the outermost extended module's input: extend the whole model, not "
                 "its parts, and call the whole model."
             )
         batch = next(iter(batches), 1)
-        if batch == 0 or call.z.numel() == 0:
-            raise ValueError(f"{call.label}: the batch is empty; there is nothing to compute.")
+        if batch == 0:
+            raise empty_batch(start)
         for ext in self.extensions:
             check_coverage(ext, reach.sites, reach.parameters)
             if reach.coupled and ext.needs_independent_samples:
@@ -208,6 +217,17 @@ class BackwardPass:
                     "batch. Call eval() on the batch norm modules, or use another norm."
                 )
         return batch
+
+    def _check_losses(self) -> None:
+        """Name the missing loss for extensions that need one."""
+        for ext in self.extensions:
+            if self.unscaled and (ext.vectors.kind in ("exact", "mc") or ext.needs_scale):
+                raise RecordingError(
+                    f"{type(ext).__name__} needs the loss, but the gradient reached "
+                    f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
+                    "loss module with backpack_ext.extend, or tie a scalar that no module computes "
+                    "to a loss with backpack_ext.attach_loss."
+                )
 
     def _note_scale(self, call: LossCall, grad: Tensor, scaled: list[Extension]) -> None:
         """Record r c of a loss.
@@ -232,48 +252,32 @@ class BackwardPass:
             )
         self.scale = scale
 
-    def _without_loss(self, site: Site) -> None:
-        """Allow extensions that need no loss; name the missing loss for the others."""
-        for ext in self.extensions:
-            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale:
-                raise RecordingError(
-                    f"{type(ext).__name__} needs the loss, but the gradient reached {site.label} "
-                    "without passing an extended loss. Extend the loss module with "
-                    "backpack_ext.extend, or tie a scalar that no module computes to a loss with "
-                    "backpack_ext.attach_loss."
-                )
-        if site.batch == 0:
-            raise ValueError("The batch is empty; there is nothing to compute.")
-        model = site.root() if site.root is not None else site.module
-        self.reached = {
-            id(p): p
-            for p in model.parameters()
-            if p.requires_grad
-            and torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(p).node)
-        }
-
-    def _expect(self, reach: Reach) -> None:
+    def _tap(self, reach: Reach) -> None:
+        """Place taps on the Sites' outputs, and note which of them the gradient will pass."""
+        tapped = self.receiver.sites
         for site, captures in reach.sites.items():
+            if site in tapped:
+                if site.broadcast and len(captures) != len(tapped[site]):
+                    raise UnsupportedError(
+                        f"{site.label}: its output is shared by all data and reaches two losses of "
+                        "one backward pass in different ways. Use one backward pass per loss."
+                    )
+                continue
+            tapped[site] = captures
+            for capture in captures:
+                node = capture.edge.node
+                handle = node.register_prehook(Tap(site, capture, self.receiver))
+                if self.keep:
+                    self.handles.append(handle)
             if torch._C._will_engine_execute_node(captures[0].edge.node):
-                self.expected.setdefault(site, False)
-        if not self.main:
-            return
-        known = self.receiver.reach.sites
-        for site in [site for site in reach.sites if site.broadcast]:
-            if site in known:
-                raise UnsupportedError(
-                    f"{site.label}: its output is shared by all data and reaches two losses of one "
-                    "backward pass. Use one backward pass per loss."
-                )
-            known[site] = reach.sites[site]
-            self.handles.extend(self.receiver.hook_captures(site))
+                self.expected[site] = False
 
     # ------------------------------------------------------------------ vectors
 
     def _sweep(self, call: LossCall, reach: Reach, batch: int, group: list[Extension]) -> None:
         """Run one sweep for all extensions that share its vectors."""
         first = group[0]
-        with _quiet(call.z.device.type):
+        with self._quiet(call.z.device.type):
             if first.vectors.kind == "mc":
                 count, generator = first.vectors.samples, first.generator(call.z.device)
                 size = sqrt(self.scale / count)
@@ -290,66 +294,139 @@ class BackwardPass:
                 def columns(a: int, b: int) -> Tensor:
                     return size * call.exact(batch, a, b)
 
-            pending: list[tuple[Site, Tensor]] = []
+            pending = Pending()
             sweep(
                 call.start,
                 reach,
                 columns,
                 count,
                 partial(self._deliver, group, pending),
-                partial(self._join, group, pending),
+                partial(self._flush, group, pending),
             )
 
     def _take_gradient(self, site: Site, g: Tensor) -> None:
+        """Take the main backward's own gradient at a layer's output."""
+        self.expected[site] = True
         if self.main:
             if self.multiplier != 1:
                 g = g / self.multiplier
-            with _quiet(site.device_type):
-                self._deliver(self.main, self.deferred, site, g)
+            self._deliver(self.main, self.pending, site, g)
+        elif not self.keep and not site.shared:
+            site.release()
 
-    def _flush(self, extensions: list[Extension]) -> None:
-        if self.deferred:
-            with _quiet(self.deferred[0][0].device_type):
-                self._join(extensions, self.deferred)
-
-    def _deliver(self, extensions, pending: list, site: Site, g: Tensor) -> None:
-        """Hand a Site's vectors over at once, or keep them if other calls share its parameters."""
+    def _deliver(self, extensions, pending: Pending, site: Site, g: Tensor) -> None:
+        """Hand a Site's vectors over at once, or keep them to be joined with others."""
         if site.error is not None:
-            for ext in extensions:
-                if ext.unsupported == "raise":
-                    raise UnsupportedError(f"{site.label}: {site.error}.")
-            return
+            return  # reported by check_coverage
         if site.shared:
-            pending.append((site, g))
+            pending.shared.append((site, g))
+        elif pending.add_small(site, g):
+            if pending.full:
+                self._flush_small(extensions, pending)
         else:
-            self._absorb(extensions, [(site, g)])
+            self._absorb(extensions, [([site], [g])])
 
-    def _join(self, extensions, pending: list) -> None:
-        """Absorb the calls that share parameters, the calls of one layer together."""
-        layers: dict[tuple, list] = {}
-        for site, g in pending:
-            layers.setdefault(_layer_key(site), []).append((site, g))
-        pending.clear()
-        for calls in layers.values():
-            self._absorb(extensions, calls)
+    def _flush(self, extensions, pending: Pending) -> None:
+        """Absorb what is pending: the calls of one layer together, then layers of equal shape."""
+        self._flush_small(extensions, pending)
+        for sites, gs in pending.take_shared():
+            self._absorb(extensions, [(sites, gs)])
 
-    def _absorb(self, extensions, calls: list[tuple[Site, Tensor]]) -> None:
-        sites, gs = zip(*calls, strict=True)
-        units: dict[int, Unit] = {}
-        for ext in extensions:
-            rule = ext.rule_for(sites[0].module, sites[0].rule)
-            if rule is None:
-                continue  # reported by check_coverage
-            unit = units.get(id(rule))
-            if unit is None:
-                unit = units[id(rule)] = Unit(sites, gs, rule)
-            ext.absorb(self.stores[ext], unit)
+    def _flush_small(self, extensions, pending: Pending) -> None:
+        for group in pending.take_small():
+            self._absorb(extensions, group)
+
+    def _absorb(self, extensions, layers: list[tuple[list[Site], list[Tensor]]]) -> None:
+        """Hand layers of equal shape, each with its calls and their vectors, to the extensions."""
+        site = layers[0][0][0]
+        scale = 1.0 if self.scale is None else self.scale
+        units: dict[Rule, list[Unit]] = {}
+        with self._quiet(site.device_type):
+            for ext in extensions:
+                rule = ext.rule_for(site.module, site.rule)
+                if rule is None:
+                    continue  # reported by check_coverage
+                if rule not in units:
+                    units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
+                ext.absorb_all(self.stores[ext], units[rule])
+        if extensions is self.main and not self.keep:
+            for sites, _ in layers:
+                if len(sites) == 1 and not sites[0].shared:
+                    sites[0].release()
+
+    def _quiet(self, device_type: str):
+        """Compute without gradients and without autocast, whatever the caller has switched on."""
+        grad, autocast = self.loud
+        if not grad and device_type not in autocast:
+            return _NOTHING
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if device_type in autocast:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        return stack
 
 
-def _layer_key(site: Site) -> tuple:
-    """Calls with equal keys are calls of one layer: same parameters in the same roles."""
-    roles = tuple((role, id(p)) for role, p in site.parameters.items())
-    return (id(site.rule), roles)
+class Pending:
+    """Vectors that wait for others: for further calls of a layer, or for layers of equal shape.
+
+    Small layers are joined because their cost is overhead; what waits is bounded.
+    """
+
+    SMALL = 2**14  # entries of input and output of a layer that is worth joining
+    LIMIT = 2**22  # entries that may wait
+
+    def __init__(self):
+        self.shared: list[tuple[Site, Tensor]] = []
+        self.small: dict[tuple, list[tuple[list[Site], list[Tensor]]]] = {}
+        self.size = 0
+
+    def add_small(self, site: Site, g: Tensor) -> bool:
+        """Have a layer's vectors wait for those of layers like it, if the layer is small."""
+        x = site.x
+        if x is None:
+            return False
+        size = g.numel() + x.numel()
+        if size > self.SMALL:
+            return False
+        shapes = [p.shape for p in site.parameters.values()]
+        key = (type(site.module), site.rule, x.shape, x.dtype, g.shape, g.dtype, site.broadcast)
+        self.small.setdefault((*key, *shapes, *site.parameters), []).append(([site], [g]))
+        self.size += size
+        return True
+
+    @property
+    def full(self) -> bool:
+        """Whether enough small layers wait."""
+        return self.size > self.LIMIT
+
+    def take_small(self):
+        """Return the waiting small layers, those of equal shape together, and forget them."""
+        groups, self.small, self.size = list(self.small.values()), {}, 0
+        return groups
+
+    def take_shared(self):
+        """Return the waiting calls, those of one layer together, and forget them."""
+        layers: dict[tuple, tuple[list[Site], list[Tensor]]] = {}
+        for site, g in self.shared:
+            roles = (*site.parameters, *map(id, site.parameters.values()))
+            sites, gs = layers.setdefault((site.rule, *roles), ([], []))
+            sites.append(site)
+            gs.append(g)
+        self.shared = []
+        return list(layers.values())
+
+
+_NOTHING = nullcontext()
+
+
+def _autocast_devices() -> set[str]:
+    """Return the device types for which autocast is switched on."""
+    return {kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+
+
+def empty_batch(start: str) -> ValueError:
+    """Return the error for a batch without data."""
+    return ValueError(f"The batch behind {start} is empty; there is nothing to compute.")
 
 
 def _by_sweep(extensions: list[Extension]) -> list[list[Extension]]:
@@ -368,17 +445,6 @@ def _check_columns(ext: Extension, count: int) -> None:
         )
 
 
-@contextmanager
-def _quiet(device_type: str):
-    """Compute without gradients and without autocast, whatever the caller has switched on."""
-    with ExitStack() as stack:
-        if torch.is_grad_enabled():
-            stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
-
-
 class _CollectingHook:
     """Stands in for the user's ``extension_hook`` until all quantities are published.
 
@@ -391,6 +457,7 @@ class _CollectingHook:
         while isinstance(users, _CollectingHook):  # left behind by a pass that raised
             users = users.users
         self.users = users
+        self.wanted = users is not no_op
         self.modules: dict[nn.Module, None] = {}
         CTX.extension_hook = self
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from backpack_ext.context import recording
-from backpack_ext.engine import on_loss, on_output
-from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.engine import on_loss, on_model_output
+from backpack_ext.errors import RecordingError
 from backpack_ext.graph import anchor_of, tag
 from backpack_ext.losses import LossCall, is_loss
-from backpack_ext.rules.base import find_rule, is_recorded
+from backpack_ext.rules.base import look_up
 from backpack_ext.site import Site
 
 
@@ -25,6 +26,7 @@ class _Forward(threading.local):
     root: nn.Module | None = None
     depth = 0
     batch: int | None = None
+    recording = False
 
 
 _forward = _Forward()
@@ -72,7 +74,7 @@ def extend(module: nn.Module, batch_axis: int | Mapping[str, int] = 0) -> nn.Mod
             continue
         if sub is module or any(True for _ in sub.children()):
             RootHook(axis).attach(sub)
-        if find_rule(sub) is not None or any(True for _ in sub.parameters(recurse=False)):
+        if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
             SiteHook(path, axis).attach(sub)
     return module
 
@@ -137,6 +139,7 @@ class RootHook(Hook):
         if _forward.root is None:
             _forward.root, _forward.depth = module, 1
             _forward.batch = _batch_size((args, kwargs), self.batch_axis)
+            _forward.recording = recording()
         elif _forward.root is module:
             _forward.depth += 1
 
@@ -146,6 +149,10 @@ class RootHook(Hook):
             _forward.depth -= 1
             if not _forward.depth:
                 _forward.root = _forward.batch = None
+                if torch.is_grad_enabled() and recording():
+                    for t in _tensors(output):
+                        if t.grad_fn is not None:
+                            (t._base if _has_graph_base(t) else t).register_hook(on_model_output)
 
 
 class SiteHook(Hook):
@@ -158,26 +165,23 @@ class SiteHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Record the call, if its parameters are trained and something may ask for it."""
-        if not torch.is_grad_enabled() or not is_recorded(module) or not recording():
+        rule, recorded = look_up(type(module))
+        root = _forward.root
+        wanted = recording() if root is None else _forward.recording
+        if not (recorded and wanted and isinstance(output, Tensor) and output.requires_grad):
             return
-        rule = find_rule(module)
         parameters = (
             rule.parameters(module)
             if rule is not None
             else {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
         )
-        if not parameters or not isinstance(output, Tensor) or not output.requires_grad:
+        if not parameters or not torch.is_grad_enabled():
             return
         x = args[0] if args else next(iter(kwargs.values()))
-        batch, root = _forward.batch, _forward.root
+        batch = _forward.batch
         if batch is None:
             batch = x.shape[self.batch_axis] if x.dim() > self.batch_axis else 0
-        try:
-            anchor, error = anchor_of(output), None
-        except UnsupportedError as problem:
-            anchor, error = output, str(problem)
-            if output._base.requires_grad and output._base.grad_fn is not None:
-                anchor = output._base
+        anchor, error = anchor_of(output) if output._is_view() else (output, None)
         site = Site(
             module,
             self.name,
@@ -190,20 +194,10 @@ class SiteHook(Hook):
             None if root is None else weakref.ref(root),
         )
         site.error = error
+        site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
-        anchor.register_hook(_OutputHook(site, anchor is not output and error is None))
-
-
-class _OutputHook:
-    """The tensor hook on a Site's output, or on the base of which the output is a view."""
-
-    __slots__ = ("reshape", "site")
-
-    def __init__(self, site: Site, reshape: bool):
-        self.site, self.reshape = site, reshape
-
-    def __call__(self, grad: Tensor) -> None:
-        on_output(self.site, grad.reshape(self.site.out_shape) if self.reshape else grad)
+        if root is None:  # a layer that was called on its own is a model
+            anchor.register_hook(on_model_output)
 
 
 class LossHook(Hook):
@@ -286,11 +280,24 @@ def _tie(value: Tensor, call: LossCall) -> None:
 
 def _batch_size(tree, axis: int) -> int | None:
     """Return the size along ``axis`` of the first tensor in nested arguments."""
+    return next((t.shape[axis] for t in _tensors(tree) if t.dim() > axis), None)
+
+
+def _tensors(tree) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested containers and dataclasses."""
     if isinstance(tree, Tensor):
-        return tree.shape[axis] if tree.dim() > axis else None
+        yield tree
+        return
     if isinstance(tree, Mapping):
         tree = tree.values()
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        tree = vars(tree).values()
     elif not isinstance(tree, (tuple, list)):
-        return None
-    sizes = (_batch_size(branch, axis) for branch in tree)
-    return next((size for size in sizes if size is not None), None)
+        return
+    for branch in tree:
+        yield from _tensors(branch)
+
+
+def _has_graph_base(t: Tensor) -> bool:
+    """Whether a tensor is a view whose base keeps its history under in-place operations."""
+    return t._is_view() and t._base is not None and t._base.grad_fn is not None

@@ -161,28 +161,30 @@ class Extension(BackpropExtension):
     def absorb(self, store: dict, unit: Unit) -> None:
         """Take the vectors of one layer; called once per layer and chunk of columns."""
 
+    def absorb_all(self, store: dict, units: list[Unit]) -> None:
+        """Take layers whose inputs and outputs have equal shapes, one call each."""
+        for unit in units:
+            self.absorb(store, unit)
+
     @abstractmethod
-    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Any]]:
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Any]]:
         """Turn a store into results.
 
         Args:
             store: What `absorb` filled in.
-            scale: ``r c``, the factor between the loss's terms and the total, where the extension
-                asked for it by `needs_scale` (else 1).
 
         Returns:
             Pairs of a parameter and its result.
         """
 
     @abstractmethod
-    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
+    def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add a store to the store of a larger data set.
 
         Args:
             total: The store that grows.
             store: The store of one batch.
             weight: What the batch's loss must be multiplied with to be on the total's scale.
-            scale: ``r c`` of the batch, as in `finish`.
         """
 
     def over_batches(self) -> tuple[Extension, Callable[[Any], Any]]:
@@ -195,5 +197,5 @@ class Extension(BackpropExtension):
 
     @property
     def needs_scale(self) -> bool:
-        """Whether results need ``r c`` of the loss although no sweep was asked for."""
+        """Whether units need their ``scale`` although no sweep was asked for."""
         return False

@@ -59,7 +59,7 @@ class PerSample(Extension):
         """Whether live calls of other layers use the parameter."""
         return unit.sites[0].uses_of(p) > len(unit.sites)
 
-    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the sums, after evaluating what waited for other roles."""
         return [(entry.parameter, entry.value) for entry in self._closed(store)]
 
@@ -74,7 +74,7 @@ class PerSample(Extension):
                 entry.grads = None
         return list(store.values())
 
-    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
+    def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add (or concatenate along n) the results of a batch, put on the total's scale."""
         for entry in self._closed(store):
             other = total.setdefault(id(entry.parameter), _Entry(entry.parameter))
@@ -291,7 +291,7 @@ class Variance(PerSample):
         """``sum_n G`` and ``sum_n G**2``, stacked."""
         return torch.stack([G.sum((0, 1)), G.square().sum((0, 1))])
 
-    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Subtract the squared mean from the mean square."""
         results = []
         for entry in self._closed(store):
@@ -299,11 +299,11 @@ class Variance(PerSample):
             results.append((entry.parameter, square - mean**2))
         return results
 
-    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
+    def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add both moments and N."""
         for entry in self._closed(store):
             first, square = entry.value
             entry.value = torch.stack([first, square * weight])
             batch = getattr(total.get(id(entry.parameter)), "batch", 0)
-            super().merge(total, {id(entry.parameter): entry}, weight, scale)
+            super().merge(total, {id(entry.parameter): entry}, weight)
             total[id(entry.parameter)].batch = batch + entry.batch

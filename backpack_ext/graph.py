@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_ext.errors import UnsupportedError
 from backpack_ext.site import Site
 
 # Key under which a node's metadata lists the Sites whose output the node produced.
@@ -18,7 +18,7 @@ TAG = "backpack_ext.sites"
 _SUMS = ("AddBackward0", "SubBackward0")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Capture:
     """Where a Site's vectors are taken: an edge, and the factor between the two.
 
@@ -37,16 +37,18 @@ class Reach:
 
     Attributes:
         sites: The Sites, each with the places where its vectors are taken.
-        sources: Edges of those Sites that have no Site upstream. Differentiating with respect to
-            them visits all others on the way.
+        sources: Those Sites that have no Site upstream. Differentiating with respect to their
+            outputs visits all others on the way.
         parameters: Leaf parameters by id.
         coupled: Names of nodes that couple samples (training-mode batch norm).
+        nodes: All nodes that were visited.
     """
 
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
-    sources: list[GradientEdge] = field(default_factory=list)
+    sources: dict[Site, GradientEdge] = field(default_factory=dict)
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
     coupled: list[str] = field(default_factory=list)
+    nodes: Collection[Node] = ()
 
 
 def tag(node: Node, site: Site) -> None:
@@ -54,23 +56,19 @@ def tag(node: Node, site: Site) -> None:
     node.metadata.setdefault(TAG, []).append(site)
 
 
-def walk(start: GradientEdge) -> Reach:
-    """Collect what lies upstream of an edge, in one depth-first pass.
+def walk(start: Node) -> Reach:
+    """Collect what lies upstream of a node, in one depth-first pass.
 
     Args:
-        start: Edge of the tensor that a loss was computed from.
+        start: The node that a loss's input, or a model's output, came from.
 
     Returns:
         What was found.
-
-    Raises:
-        UnsupportedError: If a layer's output is shared by all data in a way that hides the
-            vectors of the single datum.
     """
     reach = Reach()
     behind: dict[Node, bool] = {}  # is a Site at this node or upstream of it?
     consumers: dict[Node, list[tuple[Node, int]]] = {}  # of watched nodes only
-    stack = [(start.node, False)]
+    stack = [(start, False)]
     while stack:
         node, finished = stack.pop()
         if not finished:
@@ -97,16 +95,17 @@ def walk(start: GradientEdge) -> Reach:
                     consumers.setdefault(node, [])
         sites = node.metadata.get(TAG)
         if sites:
-            edge = GradientEdge(node, 0)
             for site in sites:
+                edge = GradientEdge(node, site.output_nr)
                 reach.sites[site] = [Capture(edge)]
                 if not site.depends_on_parameters:
                     consumers.setdefault(node, [])
-            if not upstream:
-                reach.sources.append(edge)
+                if not upstream:
+                    reach.sources[site] = edge
         elif "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
             reach.coupled.append(node.name())
         behind[node] = upstream or bool(sites)
+    reach.nodes = behind.keys()
     for site, captures in reach.sites.items():
         if captures[0].edge.node in consumers:
             _find_broadcast(site, captures, consumers)
@@ -171,23 +170,22 @@ def edge_of(t: Tensor) -> GradientEdge:
     return edge
 
 
-def anchor_of(output: Tensor) -> Tensor:
-    """Return the tensor whose edge stays right under later in-place operations.
+def anchor_of(view: Tensor) -> tuple[Tensor, str | None]:
+    """Return the tensor whose edge stays right under later in-place operations on a view.
 
-    An in-place operation on a view rewrites the view's history, and a hook on it is lost; the base
-    of the view keeps both.
+    An in-place operation on a view rewrites the view's history, and a tag on it is lost; the base
+    of the view keeps it.
 
-    Raises:
-        UnsupportedError: If the output is a view of only a part of its base.
+    Returns:
+        The base, and what is wrong with it if the view covers only a part of it.
     """
-    if not output._is_view():
-        return output
-    base = output._base
-    covers = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    if base.requires_grad and base.grad_fn is not None and covers:
-        return base
-    raise UnsupportedError(
-        f"the output is a view of shape {tuple(output.shape)} that does not cover its base of shape "
+    base = view._base
+    if base is None or base.grad_fn is None:
+        return view, None
+    if base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous():
+        return base, None
+    return base, (
+        f"its output is a view of shape {tuple(view.shape)} that does not cover its base of shape "
         f"{tuple(base.shape)} in the same order. Return a tensor of its own, `output.clone()` for "
-        "instance."
+        "instance"
     )

@@ -2,7 +2,7 @@ r"""Kronecker factors of affine layers with weight sharing: KFAC-expand and KFAC
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors
 from backpack_ext.normal import OneHot, gram
-from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
-from backpack_ext.unit import Unit, join_inputs
+from backpack_ext.unit import Unit, stack_inputs, stack_vectors
 from curvature import Kronecker, KroneckerSum
 
 APPROX = ("expand", "reduce")
@@ -115,63 +114,98 @@ class KFAC(Extension):
         return self.fisher == "empirical"
 
     def absorb(self, store: dict, unit: Unit) -> None:
-        """Add ``sum b b^T`` of one layer, and note its calls for A."""
-        key = tuple((role, id(p)) for role, p in unit.parameters.items())
-        layer = store.get((key, unit.axes("weight")))
+        """Add ``sum b b^T`` of one layer, and form A unless an earlier chunk has."""
+        layer = store.get(unit.key)
         if layer is None:
-            layer = store[key, unit.axes("weight")] = _Layer(unit)
-        new = [site for site in unit.sites if site not in layer.sites]
-        layer.sites.update(dict.fromkeys(unit.sites))
+            layer = store[unit.key] = _Layer(unit)
         if self.fisher != "forward":
-            b = unit.b.to(self._dtype(unit.b))
-            b = b.sum(3) if self.approx == "reduce" else b
-            layer.add("B", self._second_moment(b.flatten(1, -2), unit, "B"))
-        if not new or "weight" not in unit.parameters:
-            layer.count = layer.count or unit.batch
-        elif unit.sites[0].shared:
-            # calls may arrive from several losses: the inputs are joined at the end
-            layer.later = True
-        else:
-            self._add_inputs(layer, unit.a, unit)
+            b = self._b_rows(unit.b)
+            layer.add_B(self._second_moment(b, unit, "B", self._b_factor(unit)))
+        if layer.is_new(unit) and "weight" in layer.parameters:
+            if unit.sites[0].shared:
+                # calls may arrive from several losses: the inputs are joined at the end
+                layer.later = True
+            else:
+                self._add_inputs(layer, unit)
 
-    def _add_inputs(self, layer: _Layer, a: Tensor | OneHot, unit: Unit) -> None:
-        """Add the numerator of A, the constant feature's column, and the number of rows."""
-        if isinstance(a, OneHot):
-            layer.add("A", self._one_hot_moment(a, self._dtype(unit.module.weight)))
-            layer.count += a.index.shape[0] * (a.index.shape[1] if self.approx == "expand" else 1)
+    def absorb_all(self, store: dict, units: list[Unit]) -> None:
+        """Form the factors of layers of equal shape in single products."""
+        unit = units[0]
+        alone = len(units) == 1 or unit.sites[0].shared or isinstance(unit.a, OneHot)
+        if alone or "weight" not in unit.parameters or self.fisher == "forward":
+            super().absorb_all(store, units)
             return
-        a = a.to(self._dtype(a))
-        if self.approx == "reduce":
-            a = a.mean(2) if a.shape[2] > 1 else a.squeeze(2)
-        else:
-            a = a.flatten(1, 2)
-        layer.add("A", self._second_moment(a, unit, "A"))
-        if self._joint(unit.parameters):
-            layer.add("mean", a.sum(1))
-        layer.count += a.shape[1]
+        layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
+        groups = unit.groups
+        b = self._b_rows(stack_vectors(units))
+        B = self._second_moment(b, unit, "B", self._b_factor(unit))
+        for layer, part in zip(layers, B.split(groups), strict=True):
+            layer.add_B(part)
+        new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
+        if new:
+            a = self._a_rows(stack_inputs([u for _, u in new]))
+            A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
+            means = self._means(a, unit)
+            means = [None] * len(A) if means is None else means.split(groups)
+            for (layer, _), part, mean in zip(new, A, means, strict=True):
+                layer.add_A(part, mean, a.shape[1])
 
-    def _one_hot_moment(self, a: OneHot, dtype: torch.dtype) -> Tensor:
-        """Return the diagonal of ``sum a a^T`` (expand: token counts) as ``[1, i]``."""
+    def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
+        """Form A of one layer, and the mean input if the bias is joined."""
+        if isinstance(unit.a, OneHot):
+            A, rows = self._one_hot_moment(unit.a, self._dtype(unit.module.weight))
+            layer.add_A(A, None, rows)
+            return
+        a = self._a_rows(unit.a)
+        A = self._second_moment(a, unit, "A", 1 / a.shape[1])
+        layer.add_A(A, self._means(a, unit), a.shape[1])
+
+    def _a_rows(self, a: Tensor) -> Tensor:
+        """Return the rows that A averages over, ``[g,r,i]``."""
+        a = self._cast(a)
+        if a.shape[2] == 1 or self.approx == "expand":
+            return a.flatten(1, 2)
+        return a.mean(2)
+
+    def _b_rows(self, b: Tensor) -> Tensor:
+        """Return the rows that B sums over, ``[g,r,o]``."""
+        b = self._cast(b)
+        if b.shape[3] == 1 or self.approx == "expand":
+            return b.flatten(1, 3)
+        return b.sum(3).flatten(1, 2)
+
+    def _b_factor(self, unit: Unit) -> float:
+        """The gradient of a loss carries r c; outer products of it are to carry it once."""
+        if self.fisher != "empirical" or unit.scale == 1:
+            return 1.0
+        return 1 / unit.scale if unit.scale else 0.0
+
+    def _means(self, a: Tensor, unit: Unit) -> Tensor | None:
+        return a.mean(1) if self._joint(unit.parameters) else None
+
+    def _one_hot_moment(self, a: OneHot, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """Return the diagonal of A (in expand the tokens' frequencies) as ``[1,i]``, and rows."""
         ones = torch.ones(a.index.shape, dtype=dtype, device=a.index.device)
         if a.mask is not None:
             ones = ones * a.mask
         if self.approx == "expand":
             counts = ones.new_zeros(a.size).index_add_(0, a.index.flatten(), ones.flatten())
-            return counts[None]
+            return counts[None] / a.index.numel(), a.index.numel()
         n, s = a.index.shape
         keys, inverse = torch.unique(
             torch.arange(n, device=a.index.device)[:, None] * a.size + a.index, return_inverse=True
         )
         means = ones.new_zeros(len(keys)).index_add_(0, inverse.flatten(), ones.flatten() / s)
-        return ones.new_zeros(a.size).index_add_(0, keys % a.size, means.square())[None]
+        squares = ones.new_zeros(a.size).index_add_(0, keys % a.size, means.square())
+        return squares[None] / n, n
 
-    def _second_moment(self, x: Tensor, unit: Unit, factor: str) -> Tensor:
-        """Return ``sum_r x x^T`` of ``x[g,r,d]`` as ``[g,d,d]``, or its diagonal if too large."""
+    def _second_moment(self, x: Tensor, unit: Unit, factor: str, scale: float) -> Tensor:
+        """Return ``scale sum_r x x^T`` of ``x[g,r,d]``, ``[g,d,d]``; its diagonal if too large."""
         dim = x.shape[-1]
         if dim <= self.max_dim:
-            return gram(x)
+            return gram(x, scale)
         if self.oversize == "diagonal":
-            return x.square().sum(1)
+            return scale * x.square().sum(1)
         raise UnsupportedError(
             f"KFAC: factor {factor} of {unit.sites[0].label} would be {dim} x {dim} "
             f"({dim * dim * x.element_size() / 2**30:.1f} GiB), above max_dim={self.max_dim}. Pass "
@@ -181,95 +215,107 @@ class KFAC(Extension):
     def _dtype(self, t: Tensor) -> torch.dtype:
         return self.dtype or torch.promote_types(t.dtype, torch.float32)
 
+    def _cast(self, t: Tensor) -> Tensor:
+        dtype = self._dtype(t)
+        return t if t.dtype == dtype else t.to(dtype)
+
     def _joint(self, parameters: dict[str, nn.Parameter]) -> bool:
         return self.bias == "joint" and len(parameters) == 2
 
-    def finish(self, store: dict, scale: float) -> list[tuple[nn.Parameter, Kronecker]]:
-        """Divide by the counts and build one object per parameter."""
-        found: dict[int, tuple[nn.Parameter, list[Kronecker]]] = {}
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Kronecker]]:
+        """Build one object per parameter."""
+        found: dict[nn.Parameter, list[Kronecker]] = {}
         for layer in store.values():
             self.join_later(layer)
-            for parameter, block in self._blocks(layer, scale):
-                found.setdefault(id(parameter), (parameter, []))[1].append(block)
+            for parameter, block in self._blocks(layer):
+                found.setdefault(parameter, []).append(block)
         return [
             (parameter, blocks[0] if len(blocks) == 1 else KroneckerSum(tuple(blocks)))
-            for parameter, blocks in found.values()
+            for parameter, blocks in found.items()
         ]
 
     def join_later(self, layer: _Layer) -> None:
         """Form A of a layer with several calls, whose inputs had to wait for all of them."""
         if layer.later:
             layer.later = False
-            sites = list(layer.sites)
-            unit = Unit(sites, (), layer.rule)
-            self._add_inputs(layer, join_inputs(sites, layer.rule), unit)
+            self._add_inputs(layer, Unit(list(layer.sites), (), layer.rule))
 
-    def _blocks(self, layer: _Layer, scale: float):
-        parameters, sums = layer.parameters, layer.sums
-        groups, weight = layer.groups, parameters.get("weight")
-        if self.fisher == "forward":
-            p = next(iter(parameters.values()))
-            B = torch.ones(groups, layer.out_features, dtype=self._dtype(p), device=p.device)
-        else:
-            B = sums["B"] if scale == 1 else sums["B"] / scale if scale else 0 * sums["B"]
+    def _blocks(self, layer: _Layer) -> list[tuple[nn.Parameter, Kronecker]]:
+        """Return the blocks of one layer's parameters."""
+        parameters, groups = layer.parameters, layer.groups
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        B, A = self._identity(layer) if self.fisher == "forward" else layer.B, layer.A
         B = B if groups > 1 else B[0]
+        blocks = []
         if weight is not None:
-            A = sums["A"] / layer.count
             joint = self._joint(parameters)
             if joint:
-                A = _append_constant(A, sums["mean"] / layer.count)
-            A = A if groups > 1 else A[0]
-            block = Kronecker(B, A, layer.weight_axes, groups, joint)
-            yield weight, block
+                A = _append_constant(A, layer.mean)
+            block = Kronecker(B, A if groups > 1 else A[0], layer.axes, groups, joint)
+            blocks.append((weight, block))
             if joint:
-                yield parameters["bias"], block
-                return
-        if "bias" in parameters:
+                return [*blocks, (bias, block)]
+        if bias is not None:
             one = B.new_ones((groups, 1, 1) if groups > 1 else (1, 1))
-            yield parameters["bias"], Kronecker(B, one, layer.bias_axes, groups)
+            blocks.append((bias, Kronecker(B, one, layer.bias_axes, groups)))
+        return blocks
 
-    def merge(self, total: dict, store: dict, weight: float, scale: float) -> None:
-        """Add the numerators and counts of a batch; B is linear in the loss."""
-        factor = weight / scale if self.needs_scale else weight
+    def _identity(self, layer: _Layer) -> Tensor:
+        """Return the identity of ``fisher="forward"`` as diagonals ``[g,o]``."""
+        role, p = next(iter(layer.parameters.items()))
+        axes = layer.axes if role == "weight" else layer.bias_axes
+        shape = axes.to_matrix(p.detach()).shape[:2]
+        return torch.ones(shape, dtype=self._dtype(p), device=p.device)
+
+    def merge(self, total: dict, store: dict, weight: float) -> None:
+        """Add a batch: B is linear in the loss, A a mean over rows."""
         for key, layer in store.items():
             self.join_later(layer)
             other = total.setdefault(key, layer.emptied())
-            for name, value in layer.sums.items():
-                other.add(name, value * factor if name == "B" else value)
-            other.count += layer.count
+            if layer.B is not None:
+                other.add_B(layer.B * weight)
+            if layer.A is not None:
+                other.add_A(layer.A, layer.mean, layer.rows)
 
 
-@dataclass(eq=False)
 class _Layer:
-    """Numerators of one layer: ``sum b b^T``, ``sum a a^T``, ``sum a``, and the rows' number."""
+    """Factors of one layer: B (a sum), A and the mean input (means over a number of rows)."""
 
-    unit: Unit | None
-    sites: dict[Site, None] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
-    later: bool = False
+    __slots__ = (
+        "A", "B", "axes", "bias_axes", "groups", "later", "mean", "parameters", "rows", "rule", "sites",
+    )  # fmt: skip
 
-    def __post_init__(self):
-        unit, self.unit = self.unit, None
-        if unit is None:
-            return
-        self.rule: Rule = unit.rule
-        self.parameters, self.groups = unit.parameters, unit.groups
-        self.weight_axes, self.bias_axes = unit.axes("weight"), unit.axes("bias")
-        if "weight" in self.parameters:
-            self.out_features = self.weight_axes.to_matrix(self.parameters["weight"]).shape[1]
-        else:
-            self.out_features = self.parameters["bias"].numel() // self.groups
+    def __init__(self, unit: Unit):
+        self.rule, self.groups, self.parameters = unit.rule, unit.groups, unit.parameters
+        self.axes, self.bias_axes = unit.axes("weight"), unit.axes("bias")
+        self.sites: dict[Site, None] = {}
+        self.A = self.B = self.mean = None
+        self.rows = 0
+        self.later = False
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add to a numerator."""
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def is_new(self, unit: Unit) -> bool:
+        """Note a unit's calls; whether some were not known."""
+        known = len(self.sites)
+        for site in unit.sites:
+            self.sites[site] = None
+        return len(self.sites) > known
+
+    def add_B(self, B: Tensor) -> None:
+        """Add to B."""
+        self.B = B if self.B is None else self.B + B
+
+    def add_A(self, A: Tensor, mean: Tensor | None, rows: int) -> None:
+        """Average A and the mean input with those of further rows."""
+        if self.A is not None:
+            part = rows / (rows + self.rows)
+            A = self.A + part * (A - self.A)
+            mean = None if mean is None else self.mean + part * (mean - self.mean)
+        self.A, self.mean, self.rows = A, mean, self.rows + rows
 
     def emptied(self) -> _Layer:
         """Return a layer of the same parameters with nothing in it."""
-        other = _Layer(None)
-        for name in ("rule", "parameters", "groups", "weight_axes", "bias_axes", "out_features"):
-            setattr(other, name, getattr(self, name))
+        other = copy(self)
+        other.sites, other.A, other.B, other.mean, other.rows = {}, None, None, None, 0
         return other
 
 

@@ -53,9 +53,14 @@ def cat_inputs(parts: Sequence[Tensor | OneHot]) -> Tensor | OneHot:
     return OneHot(torch.cat([p.index for p in parts], dim=1), parts[0].size, mask)
 
 
-def gram(x: Tensor) -> Tensor:
-    """Return ``sum_r x[..,r,i] x[..,r,j]`` for ``x[g,r,i]``."""
-    return (x[0].mT @ x[0])[None] if x.shape[0] == 1 else x.mT @ x
+def gram(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``scale sum_r x[g,r,i] x[g,r,j]`` as ``[g,i,j]``."""
+    g, _, i = x.shape
+    out = x.new_empty(g, i, i)
+    if g == 1:
+        torch.addmm(out[0], x[0].mT, x[0], beta=0, alpha=scale, out=out[0])
+        return out
+    return torch.baddbmm(out, x.mT, x, beta=0, alpha=scale, out=out)
 
 
 def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,14 +14,14 @@ if TYPE_CHECKING:
 
 # How many live Sites use a parameter, by id. A Site holds its module, hence its parameters, so an
 # id cannot be reused while it is counted. A count of one means: this call is all there is.
-_calls: Counter[int] = Counter()
+_calls: dict[int, int] = {}
 
 
 class Site:
     """One call of a layer: its detached input, and where its output sits in the graph.
 
-    The graph owns its Sites: they are held by a node's ``metadata`` and by a tensor hook, and they
-    hold no node themselves (a cycle through a node's metadata is never freed).
+    The graph owns its Sites: they are held by a node's ``metadata`` and hold no node themselves (a
+    cycle through a node's metadata is never freed).
 
     Attributes:
         module: The layer.
@@ -33,6 +32,7 @@ class Site:
         batch: Number of data N in the mini-batch, known from the outermost module's input.
         batch_axis: Axis that counts the data in this layer's input and output.
         out_shape: Shape of the output.
+        output_nr: Which output of the tagged node is the layer's (that of its base, if a view).
         root: Weak reference to the outermost extended module of the call, or None.
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
@@ -53,6 +53,7 @@ class Site:
         "module",
         "name",
         "out_shape",
+        "output_nr",
         "parameters",
         "root",
         "rule",
@@ -75,14 +76,15 @@ class Site:
         self.x, self._version = x.detach(), x._version
         self.depends_on_parameters = x.requires_grad
         self.batch, self.batch_axis = batch, batch_axis
-        self.out_shape = output.shape
+        self.out_shape, self.output_nr = output.shape, 0
         self.root = root
         self.error: str | None = None
         self.broadcast = False
         self.device_type = output.device.type
         self._live = True
         for p in parameters.values():
-            _calls[id(p)] += 1
+            key = id(p)
+            _calls[key] = _calls.get(key, 0) + 1
 
     def __repr__(self) -> str:
         return f"Site({self.label})"
@@ -95,12 +97,15 @@ class Site:
     @property
     def shared(self) -> bool:
         """Whether another live call uses one of the parameters."""
-        return any(_calls[id(p)] > 1 for p in self.parameters.values())
+        for p in self.parameters.values():  # noqa: SIM110 (a generator costs three times as much)
+            if _calls.get(id(p), 0) > 1:
+                return True
+        return False
 
     @staticmethod
     def uses_of(parameter: nn.Parameter) -> int:
         """Return how many live calls use a parameter."""
-        return _calls[id(parameter)]
+        return _calls.get(id(parameter), 0)
 
     def input(self) -> Tensor:
         """Return the recorded input.
@@ -136,6 +141,9 @@ class Site:
             lead = t.shape[: t.dim() - features]
             t = t.reshape(1, lead.numel(), *t.shape[len(lead) :])
             return t.expand(self.batch, *t.shape[1:])
+        N = self.batch
+        if self.batch_axis == 0 and t.dim() > features and N and t.shape[0] % N == 0:
+            return t.reshape(N, -1, *t.shape[t.dim() - features :])
         return self._split(t.unsqueeze(0), features)[0]
 
     def vector_rows(self, t: Tensor, features: int) -> Tensor:
@@ -153,10 +161,10 @@ class Site:
                 f"{self.label}: the input has no batch axis (shape {tuple(t.shape[1:])}). Add one: "
                 "per-datum quantities need it even for a single datum."
             )
-        if axis < lead and shape[axis] == N:
-            return t.movedim(1 + axis, 1).reshape(v, N, -1, *feature_shape)
         if axis == 0 and shape[0] % N == 0:
             return t.reshape(v, N, -1, *feature_shape)
+        if axis < lead and shape[axis] == N:
+            return t.movedim(1 + axis, 1).reshape(v, N, -1, *feature_shape)
         if axis == 1 and lead == 1 and shape[0] % N == 0:
             return t.reshape(v, -1, N, *feature_shape).transpose(1, 2)
         raise UnsupportedError(
@@ -172,9 +180,12 @@ class Site:
         if self._live:
             self._live = False
             for p in self.parameters.values():
-                _calls[id(p)] -= 1
-                if not _calls[id(p)]:
-                    del _calls[id(p)]
+                key = id(p)
+                count = _calls[key] - 1
+                if count:
+                    _calls[key] = count
+                else:
+                    del _calls[key]
 
     __del__ = release
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -21,62 +22,66 @@ MAX_BYTES = 2**28
 
 
 class Receiver:
-    """Where the Sites' tensor hooks send what arrives during one backward pass.
+    """Where the hooks on the graph send what arrives at the Sites' outputs in one pass.
 
     Vectors of a Site that are taken at several places (see `Capture`) are added up; `deliver` is
     called once per Site.
+
+    Attributes:
+        active: The receiver of the sweep that is running, if any: hooks look here first, and send
+            to the main backward pass's own receiver only when no sweep is running.
     """
 
-    def __init__(self, reach: Reach, deliver: Deliver):
-        self.reach, self.deliver = reach, deliver
+    active: Receiver | None = None
+
+    def __init__(self, sites: dict[Site, list[Capture]], deliver: Deliver):
+        self.sites, self.deliver = sites, deliver
         self.partial: dict[Site, list] = {}
         self.done: set[Site] = set()
 
-    def at_output(self, site: Site, g: Tensor) -> None:
-        """Receive what arrives at the layer's own output."""
-        if not site.broadcast and site in self.reach.sites:
-            self.done.add(site)
-            self.deliver(site, g.unsqueeze(0))
-
-    def at_capture(self, site: Site, g: Tensor) -> None:
-        """Receive what arrives at one of several places, as ``[v, *shape]``."""
-        entry = self.partial.setdefault(site, [0, None])
-        entry[0] += 1
-        entry[1] = g if entry[1] is None else entry[1] + g
-        if entry[0] == len(self.reach.sites[site]):
-            del self.partial[site]
-            self.done.add(site)
-            self.deliver(site, entry[1])
-
-    def hook_captures(self, site: Site) -> list:
-        """Hook the nodes behind a broadcast; returns handles to remove."""
-        return [c.edge.node.register_prehook(_PreHook(self, site, c)) for c in self.reach.sites[site]]
+    def receive(self, site: Site, factor: float, g: Tensor) -> None:
+        """Take what arrived at one place, ``[v, *shape]``."""
+        if factor != 1:
+            g = factor * g
+        if not site.broadcast and g.shape[1:] != site.out_shape:
+            g = g.reshape(len(g), *site.out_shape)  # from the base of which the output is a view
+        places = len(self.sites[site])
+        if places > 1:
+            entry = self.partial.setdefault(site, [0, 0])
+            entry[0] += 1
+            entry[1] = entry[1] + g
+            if entry[0] < places:
+                return
+            g = self.partial.pop(site)[1]
+        self.done.add(site)
+        self.deliver(site, g)
 
 
-class _PreHook:
-    """Hands the gradient at a node's output to a receiver, in that receiver's own pass only.
+class _Ignore(Receiver):
+    """For sweeps whose results are taken from what ``autograd.grad`` returns."""
 
-    The main backward's receiver is at work when no sweep is.
+    def receive(self, site: Site, factor: float, g: Tensor) -> None:
+        """Do nothing."""
+
+
+class Tap:
+    """A hook on a graph node that sends a Site's vectors to the pass that is running.
+
+    The node owns it, so it holds neither the node nor, strongly, the pass that placed it.
     """
 
-    def __init__(self, receiver: Receiver, site: Site, capture: Capture):
-        self.receiver, self.site, self.capture = receiver, site, capture
+    __slots__ = ("factor", "main", "output_nr", "site")
 
-    def __call__(self, grads):
-        ours = Sweep.active is None or Sweep.active is self.receiver
-        if ours and grads[0] is not None:
-            self.receiver.at_capture(self.site, (self.capture.factor * grads[0]).unsqueeze(0))
+    def __init__(self, site: Site, capture: Capture, main: Receiver):
+        self.site, self.main = site, weakref.ref(main)
+        self.output_nr, self.factor = capture.edge.output_nr, capture.factor
 
-
-class Sweep:
-    """The sweep that is running, if any: hooks look here first.
-
-    ``active`` is a `Receiver` while one column streams through the hooks, ``IGNORE`` while columns
-    are taken from what ``autograd.grad`` returns.
-    """
-
-    IGNORE = object()
-    active: Receiver | object | None = None
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Take the gradient at the Site's output among those at the node's outputs."""
+        g = grads[self.output_nr]
+        receiver = Receiver.active or self.main()
+        if g is not None and receiver is not None and self.site in receiver.sites:
+            receiver.receive(self.site, self.factor, g.unsqueeze(0))
 
 
 def sweep(
@@ -94,7 +99,7 @@ def sweep(
 
     Args:
         start: Edge of the loss's input.
-        reach: The graph behind it.
+        reach: The graph behind it; its Sites have taps.
         columns: ``columns(a, b)`` returns columns a to b, ``[b - a, *shape]``.
         count: Number of columns.
         deliver: Takes each Site's vectors.
@@ -103,6 +108,8 @@ def sweep(
     Raises:
         RecordingError: If a Site is reached without its vectors arriving.
     """
+    if not reach.sites:
+        return
     with SuspendBackpack():
         if count == 1:
             _stream(start, reach, columns(0, 1)[0], deliver)
@@ -116,23 +123,22 @@ def sweep(
 
 
 def _stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) -> None:
-    receiver = Receiver(reach, deliver)
-    handles = [h for s in reach.sites if s.broadcast for h in receiver.hook_captures(s)]
-    outer, Sweep.active = Sweep.active, receiver
+    receiver = Receiver(reach.sites, deliver)
+    outer, Receiver.active = Receiver.active, receiver
     try:
-        torch.autograd.grad([start], reach.sources, [seed], retain_graph=True)
+        ends = torch.autograd.grad([start], list(reach.sources.values()), [seed], retain_graph=True)
     finally:
-        Sweep.active = outer
-        for handle in handles:
-            handle.remove()
-    missing = [site.label for site in reach.sites if site not in receiver.done]
-    if missing:
-        raise missing_cotangents(missing)
+        Receiver.active = outer
+    # the nodes where the sweep ends are not executed, so their taps were silent
+    for site, g in zip(reach.sources, ends, strict=True):
+        if not site.broadcast:
+            receiver.receive(site, 1.0, g.unsqueeze(0))
+    _check_all(reach, receiver)
 
 
 def _vectorised(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver) -> None:
     places = [(site, capture) for site, cs in reach.sites.items() for capture in cs]
-    outer, Sweep.active = Sweep.active, Sweep.IGNORE
+    outer, Receiver.active = Receiver.active, _Ignore({}, deliver)
     try:
         vectors = torch.autograd.grad(
             [start],
@@ -143,16 +149,18 @@ def _vectorised(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliv
             allow_unused=True,
         )
     finally:
-        Sweep.active = outer
-    receiver = Receiver(reach, deliver)
-    missing = [site.label for (site, _), g in zip(places, vectors, strict=True) if g is None]
+        Receiver.active = outer
+    receiver = Receiver(reach.sites, deliver)
+    for (site, capture), g in zip(places, vectors, strict=True):
+        if g is not None:
+            receiver.receive(site, capture.factor, g)
+    _check_all(reach, receiver)
+
+
+def _check_all(reach: Reach, receiver: Receiver) -> None:
+    missing = [site.label for site in reach.sites if site not in receiver.done]
     if missing:
         raise missing_cotangents(missing)
-    for (site, capture), g in zip(places, vectors, strict=True):
-        if site.broadcast:
-            receiver.at_capture(site, capture.factor * g)
-        else:  # the edge may be that of the base of which the output is a view
-            receiver.at_capture(site, g.reshape(len(g), *site.out_shape))
 
 
 def missing_cotangents(labels: list[str]) -> RecordingError:

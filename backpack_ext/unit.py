@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,6 @@ from backpack_ext.site import Site
 from curvature import Axes
 
 
-@dataclass(eq=False)
 class Unit:
     """The normal form of one layer: ``a[g,n,s,i]`` and ``b[g,v,n,s,o]``.
 
@@ -26,18 +23,24 @@ class Unit:
         sites: The calls, all of the same parameters in the same roles.
         cotangents: The vectors per call, each ``[v, *output.shape]``.
         rule: The layer's rule.
-        first: Whether no earlier chunk of columns of this pass has visited these calls.
+        scale: ``r c``, the factor between the loss's terms and the total (1 where unknown).
     """
 
-    sites: Sequence[Site]
-    cotangents: Sequence[Tensor]
-    rule: Rule
-    first: bool = True
+    __slots__ = ("_a", "_b", "cotangents", "parameters", "rule", "scale", "sites")
+
+    def __init__(
+        self, sites: Sequence[Site], cotangents: Sequence[Tensor], rule: Rule, scale: float = 1.0
+    ):
+        self.sites, self.cotangents, self.rule, self.scale = sites, cotangents, rule, scale
+        site = sites[0]
+        # trainable parameters by role
+        self.parameters = site.parameters if rule is site.rule else rule.parameters(site.module)
+        self._a = self._b = None
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by role."""
-        return self.sites[0].parameters
+    def key(self) -> tuple:
+        """What tells layers apart: their rule, and their parameters' roles."""
+        return (id(self.rule), *map(id, self.parameters.values()), *self.parameters)
 
     @property
     def module(self) -> nn.Module:
@@ -54,19 +57,21 @@ class Unit:
         """Number of groups g."""
         return self.rule.groups(self.module)
 
-    @cached_property
+    @property
     def a(self) -> Tensor | OneHot:
         """Inputs ``[g,n,s,i]`` (or one-hot inputs)."""
-        return join_inputs(self.sites, self.rule)
+        if self._a is None:
+            self._a = join_inputs(self.sites, self.rule)
+        return self._a
 
-    @cached_property
+    @property
     def b(self) -> Tensor:
         """Vectors ``[g,v,n,s,o]``."""
-        parts = [
-            _with_group(self.rule.cotangents(s, g), 4)
-            for s, g in zip(self.sites, self.cotangents, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        if self._b is None:
+            calls = zip(self.sites, self.cotangents, strict=True)
+            parts = [_with_group(self.rule.cotangents(site, g), 4) for site, g in calls]
+            self._b = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        return self._b
 
     def axes(self, role: str) -> Axes:
         """Return how a parameter's axes form the matrix of the normal form."""
@@ -83,3 +88,19 @@ def _with_group(t, dims: int):
     if isinstance(t, OneHot) or t.dim() == dims + 1:
         return t
     return t.unsqueeze(0)
+
+
+def stack_inputs(units: Sequence[Unit]) -> Tensor:
+    """Return the dense inputs of layers of equal shape as ``[(L g),n,s,i]``."""
+    return torch.cat([unit.a for unit in units])
+
+
+def stack_vectors(units: Sequence[Unit]) -> Tensor:
+    """Return the vectors of layers of equal shape, one call each, as ``[(L g),v,n,s,o]``.
+
+    A rule treats vectors independently of each other, so it takes those of all layers at once.
+    """
+    L, unit = len(units), units[0]
+    g = torch.cat([u.cotangents[0] for u in units])
+    b = _with_group(unit.rule.cotangents(unit.sites[0], g), 4)
+    return b.unflatten(1, (L, len(g) // L)).transpose(0, 1).flatten(0, 1)

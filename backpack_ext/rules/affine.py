@@ -13,6 +13,7 @@ from backpack_ext.rules.patches import patches, transposed_patches
 from backpack_ext.site import Site
 from curvature import Axes
 
+TRANSPOSED = Axes("i o -> 1 o i")
 _KERNEL_AXES = ("x", "y", "z")
 
 
@@ -124,4 +125,4 @@ class EmbeddingRule(Rule):
 
     def weight_axes(self, module: nn.Module) -> Axes:
         """Return ``i o -> 1 o i``: an embedding stores one row per input."""
-        return Axes("i o -> 1 o i")
+        return TRANSPOSED

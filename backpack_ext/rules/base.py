@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from backpack_ext.site import Site
 
 
+MATRIX = Axes("o i -> 1 o i")
+BIAS = Axes("o -> 1 o 1")
+
+
 class Rule(ABC):
     r"""Brings a layer that is affine in its parameters to the normal form.
 
@@ -68,12 +72,13 @@ class Rule(ABC):
     def axes(self, module: nn.Module, role: str) -> Axes:
         """Return how the axes of a parameter form the matrix ``[g, o, i]``."""
         if role == "bias":
-            return Axes("(g o) -> g o 1", (("g", self.groups(module)),))
+            groups = self.groups(module)
+            return BIAS if groups == 1 else Axes("(g o) -> g o 1", (("g", groups),))
         return self.weight_axes(module)
 
     def weight_axes(self, module: nn.Module) -> Axes:
         """Return the axes of the weight; a plain ``[o, i]`` matrix by default."""
-        return Axes("o i -> 1 o i")
+        return MATRIX
 
 
 # Filled by rules/__init__.py, where the whole table is in sight, and by `register_rule`.
@@ -125,11 +130,12 @@ def register_class(cls: type[nn.Module]) -> None:
     _lookup.clear()
 
 
+# By class: its rule along the MRO, and whether its calls are recorded. None: not looked up yet.
 _lookup: dict[type[nn.Module], tuple[Rule | None, bool]] = {}
 
 
-def _find(cls: type[nn.Module]) -> tuple[Rule | None, bool]:
-    """Return the rule of a class along its MRO, and whether its calls are recorded."""
+def look_up(cls: type[nn.Module]) -> tuple[Rule | None, bool]:
+    """Return a class's package-wide rule, and whether some rule, maybe an extension's, treats it."""
     entry = _lookup.get(cls)
     if entry is None:
         rule = next((RULES[c] for c in cls.__mro__ if c in RULES), None)
@@ -140,9 +146,4 @@ def _find(cls: type[nn.Module]) -> tuple[Rule | None, bool]:
 
 def find_rule(module: nn.Module) -> Rule | None:
     """Return the package-wide rule of a module, looked up along its class's MRO."""
-    return _find(type(module))[0]
-
-
-def is_recorded(module: nn.Module) -> bool:
-    """Whether calls of a module are recorded: some rule, package-wide or not, treats it."""
-    return _find(type(module))[1]
+    return look_up(type(module))[0]
