@@ -9,7 +9,7 @@ from torch import nn
 
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension
-from backpack_ext.site import Site
+from backpack_ext.site import Site, roots
 
 
 def check_coverage(
@@ -48,10 +48,7 @@ def check_coverage(
 
 def _describe(parameter: nn.Parameter, sites: Collection[Site]) -> str:
     """Name a parameter: its path, its owner's class, and why it is not covered where known."""
-    for root in {site.root for site in sites if site.root is not None}:
-        model = root()
-        if model is None:
-            continue
+    for model in roots:
         for path, module in model.named_modules():
             for name, p in module._parameters.items():
                 if p is parameter:

@@ -22,7 +22,7 @@ from backpack.context import CTX
 from backpack.utils.hooks import no_op
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.context import (
     active_extensions,
@@ -34,7 +34,8 @@ from backpack_ext.coverage import check_coverage
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Reach, walk
-from backpack_ext.losses import LossCall
+from backpack_ext.layout import check_layout
+from backpack_ext.losses import Layout, LossCall
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
@@ -77,7 +78,7 @@ def on_model_output(grad: Tensor) -> None:
     node = torch._C._current_autograd_node()
     extensions = active_extensions()
     if extensions:
-        current_pass(extensions).output(node)
+        current_pass(extensions).output(node, grad)
     elif not keeps_graph():
         # a plain backward pass frees what autograd saved; so do we
         for site, captures in walk(node).sites.items():
@@ -100,8 +101,10 @@ def current_pass(extensions: tuple[Extension, ...]) -> BackwardPass:
     return running
 
 
-class BackwardPass:
+class BackwardPass(Receiver):
     """The state of one backward pass: what each extension has accumulated so far.
+
+    It receives what the main backward pass itself brings to the layers' outputs.
 
     Args:
         extensions: Our active extensions.
@@ -109,6 +112,7 @@ class BackwardPass:
 
     def __init__(self, extensions: tuple[Extension, ...]):
         check_savefields(CTX.active_exts)
+        super().__init__({})
         self.extensions = extensions
         self.stores: dict[Extension, dict] = {ext: {} for ext in extensions}
         self.main = [e for e in extensions if e.vectors.kind in ("gradient", "none")]
@@ -120,7 +124,6 @@ class BackwardPass:
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
         self.pending = Pending()
-        self.receiver = Receiver({}, self._take_gradient)
         self.handles: list = []
         self.hook = _CollectingHook()
 
@@ -150,10 +153,14 @@ class BackwardPass:
         for site in reach.sites:
             self.unscaled.pop(site, None)
         self._tap(reach)
+        if reach.sites and call.z.shape[:1].numel() % batch == 0:
+            layout = call.layout(batch)
+            with self._quiet(call.z.device.type):
+                check_layout(call.start, reach, layout, call.z)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
-    def output(self, node: Node) -> None:
+    def output(self, node: Node, grad: Tensor) -> None:
         """Tap the layers behind a model's output, unless a loss has done so.
 
         The loss may still come: a model that computes its loss inside has both among its outputs.
@@ -161,9 +168,15 @@ class BackwardPass:
         if any(node in nodes for nodes in self.nodes):
             return
         reach = walk(node)
-        self._check_reach("the model's output", reach)
+        batch = self._check_reach("the model's output", reach)
         self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
         self._tap(reach)
+        if reach.sites and grad.dim() and grad.shape[0] % batch == 0:
+            axis = next(iter(reach.sites)).batch_axis
+            layout = Layout(grad.shape, batch, min(axis, 1), None)
+            if tuple(node._input_metadata[0].shape) == tuple(grad.shape):
+                with self._quiet(grad.device.type):
+                    check_layout(GradientEdge(node, 0), reach, layout, grad)
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""
@@ -254,7 +267,7 @@ class BackwardPass:
 
     def _tap(self, reach: Reach) -> None:
         """Place taps on the Sites' outputs, and note which of them the gradient will pass."""
-        tapped = self.receiver.sites
+        tapped = self.sites
         for site, captures in reach.sites.items():
             if site in tapped:
                 if site.broadcast and len(captures) != len(tapped[site]):
@@ -266,7 +279,7 @@ class BackwardPass:
             tapped[site] = captures
             for capture in captures:
                 node = capture.edge.node
-                handle = node.register_prehook(Tap(site, capture, self.receiver))
+                handle = node.register_prehook(Tap(site, capture, self))
                 if self.keep:
                     self.handles.append(handle)
             if torch._C._will_engine_execute_node(captures[0].edge.node):
@@ -304,7 +317,7 @@ class BackwardPass:
                 partial(self._flush, group, pending),
             )
 
-    def _take_gradient(self, site: Site, g: Tensor) -> None:
+    def deliver(self, site: Site, g: Tensor) -> None:
         """Take the main backward's own gradient at a layer's output."""
         self.expected[site] = True
         if self.main:

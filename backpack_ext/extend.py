@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from backpack_ext.errors import RecordingError
 from backpack_ext.graph import anchor_of, tag
 from backpack_ext.losses import LossCall, is_loss
 from backpack_ext.rules.base import look_up
-from backpack_ext.site import Site
+from backpack_ext.site import Site, roots
 
 
 class _Forward(threading.local):
@@ -32,11 +31,13 @@ class _Forward(threading.local):
 _forward = _Forward()
 
 
-def extend(module: nn.Module, batch_axis: int | Mapping[str, int] = 0) -> nn.Module:
+def extend(
+    module: nn.Module, batch_axis: int | Mapping[str, int] = 0, check_layout: bool = True
+) -> nn.Module:
     """Have a model or loss record what our extensions need, recursively.
 
     Only forward hooks are added; parameters, buffers and attributes stay as they are. Extending
-    again changes nothing but ``batch_axis``. Models that BackPACK has extended can be extended, and
+    again changes nothing but these options. Models that BackPACK has extended can be extended, and
     the other way round. The number of data N of a batch is the size of the first tensor that the
     outermost extended module is called with, so extend the whole model and call the whole model.
 
@@ -45,6 +46,8 @@ def extend(module: nn.Module, batch_axis: int | Mapping[str, int] = 0) -> nn.Mod
         batch_axis: Axis that counts the data, in the model's input and in its layers' inputs. A
             mapping gives it per module path (``""`` is the model itself); a path also holds for
             the modules below it. For a loss, 1 says that its rows are ordered sequence-first.
+        check_layout: Whether to check, the first time that a layer is seen with given shapes, that
+            the vectors of one datum arrive at the rows of that datum. It costs one more pass then.
 
     Returns:
         The module itself.
@@ -75,7 +78,7 @@ def extend(module: nn.Module, batch_axis: int | Mapping[str, int] = 0) -> nn.Mod
         if sub is module or any(True for _ in sub.children()):
             RootHook(axis).attach(sub)
         if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
-            SiteHook(path, axis).attach(sub)
+            SiteHook(path, axis, check_layout).attach(sub)
     return module
 
 
@@ -140,6 +143,7 @@ class RootHook(Hook):
             _forward.root, _forward.depth = module, 1
             _forward.batch = _batch_size((args, kwargs), self.batch_axis)
             _forward.recording = recording()
+            roots.add(module)
         elif _forward.root is module:
             _forward.depth += 1
 
@@ -160,8 +164,9 @@ class SiteHook(Hook):
 
     records_sites = True
 
-    def __init__(self, name: str, batch_axis: int):
+    def __init__(self, name: str, batch_axis: int, check_layout: bool):
         self.name, self.batch_axis = name, batch_axis
+        self.verified = set() if check_layout else _Everything()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Record the call, if its parameters are trained and something may ask for it."""
@@ -191,13 +196,20 @@ class SiteHook(Hook):
             batch,
             self.batch_axis,
             output,
-            None if root is None else weakref.ref(root),
+            self.verified,
         )
         site.error = error
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
         if root is None:  # a layer that was called on its own is a model
             anchor.register_hook(on_model_output)
+
+
+class _Everything:
+    """A set that contains everything."""
+
+    def __contains__(self, item) -> bool:
+        return True
 
 
 class LossHook(Hook):

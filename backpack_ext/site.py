@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _calls: dict[int, int] = {}
 
 
+# The outermost extended modules that were called: where messages find parameters' names.
+roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 class Site:
     """One call of a layer: its detached input, and where its output sits in the graph.
 
@@ -33,11 +37,12 @@ class Site:
         batch_axis: Axis that counts the data in this layer's input and output.
         out_shape: Shape of the output.
         output_nr: Which output of the tagged node is the layer's (that of its base, if a view).
-        root: Weak reference to the outermost extended module of the call, or None.
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
         device_type: Device type, for autocast.
+        shapes: What the reading of this call depends on.
+        verified: Those ``shapes`` of this layer for which the reading was checked.
     """
 
     __slots__ = (
@@ -55,8 +60,9 @@ class Site:
         "out_shape",
         "output_nr",
         "parameters",
-        "root",
         "rule",
+        "shapes",
+        "verified",
         "x",
     )
 
@@ -70,17 +76,17 @@ class Site:
         batch: int,
         batch_axis: int,
         output: Tensor,
-        root: weakref.ref | None,
+        verified: set,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version
         self.depends_on_parameters = x.requires_grad
         self.batch, self.batch_axis = batch, batch_axis
         self.out_shape, self.output_nr = output.shape, 0
-        self.root = root
         self.error: str | None = None
         self.broadcast = False
         self.device_type = output.device.type
+        self.shapes, self.verified = (x.shape[1:], x.shape[:1] == (batch,)), verified
         self._live = True
         for p in parameters.values():
             key = id(p)

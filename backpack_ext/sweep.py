@@ -27,6 +27,9 @@ class Receiver:
     Vectors of a Site that are taken at several places (see `Capture`) are added up; `deliver` is
     called once per Site.
 
+    Args:
+        sites: The Sites of the pass, each with the places where its vectors are taken.
+
     Attributes:
         active: The receiver of the sweep that is running, if any: hooks look here first, and send
             to the main backward pass's own receiver only when no sweep is running.
@@ -34,8 +37,8 @@ class Receiver:
 
     active: Receiver | None = None
 
-    def __init__(self, sites: dict[Site, list[Capture]], deliver: Deliver):
-        self.sites, self.deliver = sites, deliver
+    def __init__(self, sites: dict[Site, list[Capture]]):
+        self.sites = sites
         self.partial: dict[Site, list] = {}
         self.done: set[Site] = set()
 
@@ -56,12 +59,19 @@ class Receiver:
         self.done.add(site)
         self.deliver(site, g)
 
+    def deliver(self, site: Site, g: Tensor) -> None:
+        """Take all of a Site's vectors, ``[v, *output.shape]``."""
+        raise NotImplementedError
 
-class _Ignore(Receiver):
-    """For sweeps whose results are taken from what ``autograd.grad`` returns."""
 
-    def receive(self, site: Site, factor: float, g: Tensor) -> None:
-        """Do nothing."""
+class _SweepReceiver(Receiver):
+    def __init__(self, sites: dict[Site, list[Capture]], consumer: Deliver):
+        super().__init__(sites)
+        self.consumer = consumer
+
+    def deliver(self, site: Site, g: Tensor) -> None:
+        """Pass them on."""
+        self.consumer(site, g)
 
 
 class Tap:
@@ -110,11 +120,11 @@ def sweep(
     """
     if not reach.sites:
         return
+    if count == 1:
+        stream(start, reach, columns(0, 1)[0], deliver)
+        chunk_done()
+        return
     with SuspendBackpack():
-        if count == 1:
-            _stream(start, reach, columns(0, 1)[0], deliver)
-            chunk_done()
-            return
         per_column = sum(site.out_shape.numel() for site in reach.sites) * 8
         chunk = max(1, min(count, MAX_BYTES // max(per_column, 1)))
         for a in range(0, count, chunk):
@@ -122,23 +132,31 @@ def sweep(
             chunk_done()
 
 
-def _stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) -> None:
-    receiver = Receiver(reach.sites, deliver)
+def stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) -> None:
+    """Send one column; each Site's vector is consumed as it arrives.
+
+    Raises:
+        RecordingError: If a Site is reached without its vector arriving.
+    """
+    receiver = _SweepReceiver(reach.sites, deliver)
     outer, Receiver.active = Receiver.active, receiver
     try:
-        ends = torch.autograd.grad([start], list(reach.sources.values()), [seed], retain_graph=True)
+        with SuspendBackpack():
+            ends = torch.autograd.grad(
+                [start], list(reach.sources.values()), [seed], retain_graph=True, allow_unused=True
+            )
     finally:
         Receiver.active = outer
     # the nodes where the sweep ends are not executed, so their taps were silent
     for site, g in zip(reach.sources, ends, strict=True):
-        if not site.broadcast:
+        if not site.broadcast and g is not None:
             receiver.receive(site, 1.0, g.unsqueeze(0))
     _check_all(reach, receiver)
 
 
 def _vectorised(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver) -> None:
     places = [(site, capture) for site, cs in reach.sites.items() for capture in cs]
-    outer, Receiver.active = Receiver.active, _Ignore({}, deliver)
+    outer, Receiver.active = Receiver.active, Receiver({})  # taps are to be silent
     try:
         vectors = torch.autograd.grad(
             [start],
@@ -150,7 +168,7 @@ def _vectorised(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliv
         )
     finally:
         Receiver.active = outer
-    receiver = Receiver(reach.sites, deliver)
+    receiver = _SweepReceiver(reach.sites, deliver)
     for (site, capture), g in zip(places, vectors, strict=True):
         if g is not None:
             receiver.receive(site, capture.factor, g)

@@ -1,0 +1,582 @@
+"""The events of a backward pass: scales, several losses, hooks, contexts, odd graphs."""
+
+import backpack as theirs
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backpack_ext import (
+    KFAC,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGN,
+    RecordingError,
+    SumGradSquared,
+    UnsupportedError,
+    Variance,
+    attach_loss,
+    backpack,
+    extend,
+)
+from backpack_ext.rules import LinearRule
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+X, Y = None, None
+
+
+@pytest.fixture
+def data():
+    return torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def quantities():
+    return (
+        KFAC(fisher="exact"),
+        KFAC("reduce", fisher="exact", savefield="reduce"),
+        KFAC(fisher="empirical", savefield="empirical"),
+        BatchGrad(),
+        BatchL2Grad(),
+        SumGradSquared(),
+        Variance(),
+        BatchDotGrad(),
+        DiagGGN(),
+    )
+
+
+FIELDS = tuple(ext.savefield for ext in quantities())
+
+
+def collected(model):
+    found = {}
+    for name, p in model.named_parameters():
+        for field in FIELDS:
+            value = getattr(p, field)
+            if not torch.is_tensor(value):
+                value = value.to_dense()
+            found[name, field] = value.clone()
+    return found
+
+
+def run(model, loss_fn, x, y, c=1.0, context=backpack):
+    extend(model), extend(loss_fn)
+    with context(*quantities()):
+        (c * loss_fn(model(x), y)).backward()
+    return collected(model)
+
+
+def same(one, other, factors=None):
+    for key in one:
+        factor = 1.0 if factors is None else factors[key[1]]
+        torch.testing.assert_close(factor * one[key], other[key], msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_scaled_loss_carries_its_factor(data):
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    c = 0.3
+    power = dict.fromkeys(FIELDS, 2) | dict.fromkeys(
+        ("kfac", "reduce", "empirical", "diag_ggn_exact", "grad_batch"), 1
+    )
+    one, other = run(model, loss_fn, *data), run(model, loss_fn, *data, c=c)
+    same(one, other, {field: c**p for field, p in power.items()})
+
+
+def test_grad_scaler_is_divided_out(data):
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    one = run(model, loss_fn, *data)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with backpack(*quantities(), grad_scaler=scaler):
+        scaler.scale(loss_fn(model(data[0]), data[1])).backward()
+    same(one, collected(model))
+
+
+def test_accumulated_losses_add_up(data):
+    """Two losses in one backward: curvatures add, per-sample gradients are those of the sum."""
+    x, y = data
+    model, ce, mse = extend(mlp()), extend(nn.CrossEntropyLoss()), extend(nn.MSELoss())
+    target = torch.randn(6, 3)
+    with backpack(KFAC(fisher="exact"), DiagGGN(), BatchGrad()):
+        out = model(x)
+        (ce(out, y) + 2 * mse(out, target)).backward()
+    both = {n: (p.kfac, p.diag_ggn_exact, p.grad_batch) for n, p in model.named_parameters()}
+    parts = []
+    for loss in (lambda out: ce(out, y), lambda out: 2 * mse(out, target)):
+        with backpack(KFAC(fisher="exact"), DiagGGN(), BatchGrad()):
+            loss(model(x)).backward()
+        parts.append({n: (p.kfac, p.diag_ggn_exact, p.grad_batch) for n, p in model.named_parameters()})
+    for n in both:
+        (K, d, g), (K1, d1, g1), (K2, d2, g2) = both[n], parts[0][n], parts[1][n]
+        torch.testing.assert_close(K.B, K1.B + K2.B)
+        torch.testing.assert_close(K.A, K1.A)
+        torch.testing.assert_close(d, d1 + d2)
+        torch.testing.assert_close(g, g1 + g2)
+
+
+def test_losses_of_different_scale_refuse_empirical(data):
+    x, y = data
+    model, ce = extend(mlp()), extend(nn.CrossEntropyLoss())
+    with pytest.raises(UnsupportedError, match=r"losses of scale"), backpack(KFAC(fisher="empirical")):
+        out = model(x)
+        (ce(out, y) + 2 * ce(out, y)).backward()
+
+
+def test_negative_factor_raises(data):
+    model, ce = extend(mlp()), extend(nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="negative factor"), backpack(KFAC()):
+        (-ce(model(data[0]), data[1])).backward()
+
+
+def test_zero_factor_gives_zero(data):
+    model, ce = extend(mlp()), extend(nn.CrossEntropyLoss())
+    with backpack(KFAC(fisher="exact"), KFAC(fisher="empirical", savefield="e")):
+        (0 * ce(model(data[0]), data[1])).backward()
+    assert model[0].weight.kfac.B.abs().max() == 0 == model[0].weight.e.B.abs().max()
+
+
+def test_attached_loss_equals_the_module(data):
+    x, y = data
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    one = run(model, loss_fn, x, y)
+    with backpack(*quantities()):
+        out = model(x)
+        attach_loss(nn.CrossEntropyLoss(), out, y, F.cross_entropy(out, y)).backward()
+    same(one, collected(model))
+
+
+def test_attached_loss_of_a_model_that_computes_it_inside(data):
+    x, y = data
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x, y):
+            logits = self.net(x)
+            return {"loss": F.cross_entropy(logits, y), "logits": logits}
+
+    model = extend(Inside())
+    with backpack(*quantities()):
+        out = model(x, y)
+        attach_loss(nn.CrossEntropyLoss(), out["logits"], y, out["loss"])
+        out["loss"].backward()
+    inside = collected(model.net)
+    same(run(model.net, nn.CrossEntropyLoss(), x, y), inside)
+
+
+def test_attached_loss_is_checked(data):
+    x, y = data
+    out = extend(mlp())(x)
+    value = F.cross_entropy(out, y, reduction="sum")
+    with pytest.raises(ValueError, match="gives"):
+        attach_loss(nn.CrossEntropyLoss(), out, y, value)
+    attach_loss(nn.CrossEntropyLoss(), out, y, value, check=False)
+    with pytest.raises(RecordingError, match="require a gradient"):
+        attach_loss(nn.CrossEntropyLoss(), out.detach(), y, value)
+
+
+def test_quantities_without_a_loss_module(data):
+    """First-order quantities need no loss; the others name what is missing."""
+    x, y = data
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    one = run(model, loss_fn, x, y)
+    with backpack(BatchGrad(), KFAC(fisher="forward", savefield="forward")):
+        F.cross_entropy(model(x), y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, one[name, "grad_batch"])
+    torch.testing.assert_close(model[0].weight.forward.A, x.T @ x / 6)
+    for ext in (KFAC(), DiagGGN("mc"), KFAC(fisher="empirical")):
+        with pytest.raises(RecordingError, match=r"needs the loss.*attach_loss"), backpack(ext):
+            F.cross_entropy(model(x), y).backward()
+
+
+def test_uncovered_parameters_without_a_loss_module(data):
+    model = extend(nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)))
+    with pytest.raises(UnsupportedError, match=r"1\.weight of LayerNorm"), backpack(BatchGrad()):
+        F.cross_entropy(model(data[0]), data[1]).backward()
+
+
+def test_forward_outside_of_the_context(data):
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    one = run(model, loss_fn, *data)
+    loss = loss_fn(model(data[0]), data[1])
+    with backpack(*quantities()):
+        loss.backward()
+    same(one, collected(model))
+
+
+def test_backpacks_own_context(data):
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    same(run(model, loss_fn, *data), run(model, loss_fn, *data, context=theirs.backpack))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("context", [backpack, theirs.backpack])
+def test_beside_backpacks_extensions(data, ours_first, context):
+    x, y = data
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    for module in (model, loss_fn):
+        for extender in (extend, theirs.extend) if ours_first else (theirs.extend, extend):
+            extender(module)
+    alone = run(model, loss_fn, x, y)
+    called = []
+
+    def hook(module):
+        called.append(module)
+        if isinstance(module, nn.Linear):
+            assert module.weight.kfac is not None and module.weight.diag_h is not None
+            module.weight.mine = module.weight.kfac.B.trace()
+
+    their = theirs.extensions
+    for p in model.parameters():
+        for field in FIELDS:
+            delattr(p, field)
+    with context(
+        *quantities(),
+        their.DiagHessian(),
+        their.KFLR(),
+        their.BatchDiagGGNExact(),
+        extension_hook=hook,
+    ):
+        loss_fn(model(x), y).backward()
+    same(alone, collected(model))
+    assert len(called) == len(set(called)) == 4  # two Linear, Tanh, the loss
+    for layer in (model[0], model[2]):
+        assert layer.weight.mine > 0
+        B, A = layer.weight.kflr
+        torch.testing.assert_close(layer.weight.kfac.B, B)
+        torch.testing.assert_close(layer.weight.kfac.A, A)
+        torch.testing.assert_close(layer.weight.diag_ggn_exact_batch.sum(0), layer.weight.diag_ggn_exact)
+
+
+def test_model_extended_by_backpack_only(data):
+    model, loss_fn = theirs.extend(mlp()), theirs.extend(nn.CrossEntropyLoss())
+    with pytest.raises(RecordingError, match=r"backpack_ext\.extend"), theirs.backpack(BatchGrad()):
+        loss_fn(model(data[0]), data[1]).backward()
+
+
+def test_extension_hook_without_backpack(data):
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    called = []
+    with backpack(KFAC(), extension_hook=lambda m: called.append((m, hasattr(m.weight, "kfac")))):
+        loss_fn(model(data[0]), data[1]).backward()
+    assert sorted(called, key=lambda c: c[0] is model[0]) == [(model[2], True), (model[0], True)]
+
+
+def test_nested_contexts(data):
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad()):
+        with backpack(BatchL2Grad()):
+            loss_fn(model(data[0]), data[1]).backward()
+        assert not hasattr(model[0].weight, "grad_batch")
+        loss_fn(model(data[0]), data[1]).backward()
+    assert model[0].weight.grad_batch.shape == (6, 5, 4)
+    assert model[0].weight.batch_l2.shape == (6,)
+
+
+def test_empty_context_costs_and_records_nothing(data):
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    with backpack():
+        loss_fn(model(data[0]), data[1]).backward()
+    assert model[0].weight.grad is not None and not hasattr(model[0].weight, "kfac")
+
+
+def test_warning_when_nothing_was_computed(data):
+    model = mlp()
+    with pytest.warns(UserWarning, match="nothing was computed"), backpack(BatchGrad()):
+        F.cross_entropy(model(data[0]), data[1]).backward()  # not extended
+
+
+def test_gradients_are_untouched(data):
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    loss_fn(model(data[0]), data[1]).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with backpack(*quantities()):
+        loss_fn(model(data[0]), data[1]).backward()
+    for p, g in zip(model.parameters(), plain, strict=True):
+        assert torch.equal(p.grad, g)
+
+
+def test_module_called_several_times(data):
+    """Calls of one layer share its weight: per-sample gradients are those of the sum."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.lin(torch.tanh(self.lin(x)))))
+
+    model, loss_fn = extend(Twice()), extend(nn.CrossEntropyLoss(reduction="sum"))
+    x, y = data
+    with backpack(BatchGrad(), SumGradSquared(), BatchL2Grad(), BatchDotGrad()):
+        loss_fn(model(x), y).backward()
+    for p in model.parameters():
+        rows = torch.stack(
+            [torch.autograd.grad(F.cross_entropy(model(x[n]), y[n]), p)[0] for n in range(6)]
+        )
+        torch.testing.assert_close(p.grad_batch, rows)
+        torch.testing.assert_close(p.sum_grad_squared, rows.square().sum(0))
+        torch.testing.assert_close(p.batch_l2, rows.flatten(1).square().sum(1))
+        torch.testing.assert_close(p.batch_dot, rows.flatten(1) @ rows.flatten(1).T)
+
+
+def test_a_stale_graph_does_not_disturb(data):
+    """An earlier graph that is still alive makes calls count as shared; results stay the same."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    one = run(model, loss_fn, *data)
+    stale = loss_fn(model(data[0]), data[1])
+    same(one, run(model, loss_fn, *data))
+    del stale
+
+
+def test_subclass_of_linear(data):
+    class Loud(nn.Linear):
+        pass
+
+    model, loss_fn = nn.Sequential(Loud(4, 3)), nn.CrossEntropyLoss()
+    plain = nn.Sequential(nn.Linear(4, 3))
+    plain.load_state_dict(model.state_dict())
+    same(run(plain, loss_fn, *data), run(model, loss_fn, *data))
+
+
+class Own(nn.Module):
+    """A layer that derives from none that is known: stored input-first."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.kernel, self.shift = nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))
+
+    def forward(self, x):
+        return x @ self.kernel + self.shift
+
+
+class OwnRule(LinearRule):
+    weight, bias = "kernel", "shift"
+
+    def weight_axes(self, module):
+        from curvature import Axes
+
+        return Axes("i o -> 1 o i")
+
+
+def test_rule_of_a_single_extension(data):
+    x, y = data
+    model, loss_fn = extend(nn.Sequential(Own(4, 3))), extend(nn.CrossEntropyLoss())
+    with pytest.raises(UnsupportedError, match=r"0\.kernel of Own"), backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    grads, kfac = BatchGrad(), KFAC(fisher="exact", unsupported="skip")
+    grads.set_module_extension(Own, OwnRule())
+    with pytest.raises(ValueError, match="overwrite"):
+        grads.set_module_extension(Own, OwnRule())
+    with pytest.raises(TypeError, match=r"backpack_ext\.rules\.Rule"):
+        kfac.set_module_extension(Own, theirs.extensions.module_extension.ModuleExtension())
+    with backpack(grads, kfac):
+        loss_fn(model(x), y).backward()
+    assert not hasattr(model[0].kernel, "kfac")
+    torch.testing.assert_close(model[0].kernel.grad_batch.sum(0), model[0].kernel.grad)
+    torch.testing.assert_close(model[0].shift.grad_batch.sum(0), model[0].shift.grad)
+
+
+def test_broadcast_positions_whose_length_is_a_multiple_of_the_batch():
+    """``pos(arange(T))`` with T = 2 N must not be read as two positions per datum."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tok, self.pos, self.head = nn.Embedding(7, 5), nn.Embedding(6, 5), nn.Linear(5, 3)
+
+        def forward(self, ids):
+            z = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
+            return self.head(torch.tanh(z).mean(1))
+
+    for N, T in ((3, 6), (6, 6), (4, 6), (1, 6)):
+        model, loss_fn = extend(Tokens()), extend(nn.CrossEntropyLoss(reduction="sum"))
+        ids, y = torch.randint(0, 7, (N, T)), torch.randint(0, 3, (N,))
+        with backpack(BatchGrad(), KFAC(fisher="exact"), DiagGGN()):
+            loss_fn(model(ids), y).backward()
+        for p in model.parameters():
+            rows = torch.stack(
+                [
+                    torch.autograd.grad(F.cross_entropy(model(ids[n : n + 1]), y[n : n + 1]), p)[0]
+                    for n in range(N)
+                ]
+            )
+            torch.testing.assert_close(p.grad_batch, rows)
+
+
+def test_output_shared_by_all_data_behind_something_else():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.scale = nn.Linear(4, 3), nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.lin(x) * self.scale(torch.ones(1, 2))
+
+    model, loss_fn = extend(Shared()), extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with pytest.raises(UnsupportedError, match=r"shared by all 6 data"), backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    with backpack(BatchGrad(unsupported="skip")):
+        loss_fn(model(x), y).backward()
+    assert not hasattr(model.scale.weight, "grad_batch")
+    assert model.lin.weight.grad_batch.shape == (6, 3, 4)
+
+
+def test_create_graph_and_autograd_grad(data):
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    one = run(model, loss_fn, *data)
+    with backpack(*quantities()):
+        loss_fn(model(data[0]), data[1]).backward(create_graph=True)
+    found = collected(model)
+    assert not any(value.requires_grad for value in found.values())
+    same(one, found)
+    model.zero_grad()
+    with backpack(*quantities()):
+        torch.autograd.grad(loss_fn(model(data[0]), data[1]), list(model.parameters()))
+    same(one, collected(model))
+
+
+def test_backward_with_selected_inputs(data):
+    """First-order quantities come for what is differentiated, sweeps for all of the graph."""
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad(), KFAC()):
+        loss_fn(model(data[0]), data[1]).backward(inputs=list(model[2].parameters()))
+    assert model[2].weight.grad_batch.shape == (6, 3, 5)
+    assert not hasattr(model[0].weight, "grad_batch")
+    assert model[0].weight.kfac.B.shape == (5, 5)
+
+
+def test_autocast_forward_and_backward():
+    """Extraction is not autocast: factors are float32, close to those of a float32 pass."""
+    torch.set_default_dtype(torch.float32)
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with backpack(KFAC(fisher="exact"), BatchGrad()):
+        loss_fn(model(x), y).backward()
+    reference = {n: (p.kfac.to_dense(), p.grad_batch) for n, p in model.named_parameters()}
+    for inside in (True, False):
+        with backpack(KFAC(fisher="exact"), BatchGrad()):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_fn(model(x), y)
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        for n, p in model.named_parameters():
+            assert p.kfac.B.dtype == torch.float32 == p.kfac.A.dtype
+            for value, expected in zip((p.kfac.to_dense(), p.grad_batch), reference[n], strict=True):
+                assert (value - expected).norm() <= 0.03 * expected.norm() + 1e-4
+
+
+def test_channels_last_and_half_batches():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3))
+    loss_fn, x, y = nn.CrossEntropyLoss(), torch.randn(5, 3, 4, 4), torch.randint(0, 3, (5,))
+    one = run(model, loss_fn, x, y)
+    same(one, run(model.to(memory_format=torch.channels_last), loss_fn, x, y))
+
+
+def test_sequence_first_model():
+    """batch_axis=1: [T, N, d] inside, rows of the loss ordered [T, N]."""
+
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.lin(x)))
+
+    model, x, y = Sequence(), torch.randn(6, 2, 4), torch.randint(0, 3, (6, 2))
+    flat = nn.CrossEntropyLoss()
+    extend(model), extend(flat)
+
+    class Flat(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x).flatten(0, 1)
+
+    one = run(Flat(model), flat, x, y.flatten())
+    wrapped = Flat(model)
+    extend(wrapped, batch_axis=1), extend(flat, batch_axis=1)
+    with backpack(*quantities()):
+        flat(wrapped(x.transpose(0, 1)), y.T.flatten()).backward()
+    same(one, collected(wrapped))
+
+
+class SequenceInside(nn.Module):
+    """Batch-first outside, sequence-first inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        z = torch.tanh(self.lin(x.transpose(0, 1)))
+        return self.head(z.mean(0))
+
+
+@pytest.mark.parametrize("T", [3, 6])
+def test_misread_layouts_are_found_where_sizes_hide_them(T):
+    """[T, N, d] with T a multiple of N looks like [N, k, d]; numbers would be silently wrong."""
+    x, y = torch.randn(3, T, 4), torch.randint(0, 3, (3,))
+    loss_fn = extend(nn.CrossEntropyLoss())
+    for use_loss in (True, False):
+        model = extend(SequenceInside())
+        with pytest.raises(UnsupportedError, match=r"batch_axis=\{'lin': AXIS\}"), backpack(BatchGrad()):
+            out = model(x)
+            (loss_fn(out, y) if use_loss else out.square().sum()).backward()
+        extend(model, batch_axis={"lin": 1})
+        with backpack(BatchGrad()):
+            out = model(x)
+            (loss_fn(out, y) if use_loss else out.square().sum()).backward()
+        torch.testing.assert_close(model.lin.weight.grad_batch.sum(0), model.lin.weight.grad)
+
+
+def test_mixed_data_are_found(data):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            z = self.lin(x)
+            return self.head(z - z.mean(0))
+
+    model, loss_fn = extend(Mixed()), extend(nn.CrossEntropyLoss())
+    with pytest.raises(UnsupportedError, match="mixes data"), backpack(BatchGrad()):
+        loss_fn(model(data[0]), data[1]).backward()
+    extend(model, check_layout=False)
+    with backpack(KFAC()):
+        loss_fn(model(data[0]), data[1]).backward()
+
+
+def test_the_layout_is_checked_once(data, monkeypatch):
+    from backpack_ext import layout
+
+    passes = []
+    monkeypatch.setattr(layout, "stream", lambda *args, s=layout.stream: (passes.append(1), s(*args)))
+    model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
+    for rows in (6, 6, 5):
+        with backpack(KFAC()):
+            loss_fn(model(data[0][:rows]), data[1][:rows]).backward()
+    assert len(passes) == 1

@@ -1,0 +1,293 @@
+"""Wrong use gets a message that says what was expected, what came, and what to do."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backpack_ext import (
+    KFAC,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGN,
+    RecordingError,
+    UnsupportedError,
+    backpack,
+    extend,
+)
+from backpack_ext.dataset import collect
+from backpack_ext.rules import register_rule
+
+
+def parts(loss=None):
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    return model, extend(loss or nn.CrossEntropyLoss()), torch.randn(6, 4), torch.randint(0, 3, (6,))
+
+
+def works(model):
+    """The model is usable after an error."""
+    loss_fn = extend(nn.CrossEntropyLoss())
+    out = model(torch.randn(6, 4))
+    with backpack(KFAC(), BatchGrad()):
+        loss_fn(out, torch.randint(0, 3, (6,))).backward()
+    return all(hasattr(p, "kfac") for p in model.parameters())
+
+
+def test_class_instead_of_instance():
+    with pytest.raises(TypeError, match="Instantiate it first"):
+        extend(nn.Linear)
+    with pytest.raises(ValueError, match="Instantiate it"):
+        backpack(KFAC)
+    with pytest.raises(ValueError, match="instances of BackpropExtension"):
+        backpack("kfac")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KFAC("expnad"), r"approx='expnad'; expected one of \('expand', 'reduce'\)"),
+        (lambda: KFAC(fisher="type2"), "fisher='type2'"),
+        (lambda: KFAC(bias="both"), "bias='both'"),
+        (lambda: KFAC(oversize="drop"), "oversize='drop'"),
+        (lambda: KFAC(mc_samples=0), "expected a positive integer"),
+        (lambda: DiagGGN("empirical"), "expected one of"),
+        (lambda: DiagGGN(mc_samples=1.5), "expected a positive integer"),
+        (lambda: BatchGrad(unsupported="ignore"), "expected one of"),
+        (lambda: backpack(KFAC(), KFAC("reduce")), "Give one of them another `savefield`"),
+        (lambda: extend(nn.Linear(2, 2), batch_axis={"nowhere": 1}), "no such modules"),
+        (lambda: extend(nn.MSELoss(), batch_axis=2), "0 or 1"),
+        (lambda: register_rule(nn.Linear)(nn.Linear), "subclass of Rule"),
+    ],
+)
+def test_unknown_options(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+@pytest.mark.parametrize("ext", [KFAC(), KFAC(fisher="empirical"), DiagGGN()])
+def test_loss_not_extended(ext):
+    model, _, x, y = parts()
+    with pytest.raises(RecordingError, match="Extend the loss module"), backpack(ext):
+        F.cross_entropy(model(x), y).backward()
+    assert works(model)
+
+
+def test_reduction_none():
+    model, loss_fn, x, y = parts(nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match=r"reduction"), backpack(KFAC()):
+        loss_fn(model(x), y).mean().backward()
+    assert works(model)
+
+
+def test_non_scalar_backward():
+    model, loss_fn, x, y = parts(nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match="scalar total"), backpack(BatchGrad()):
+        loss_fn(model(x), y).backward(torch.ones(6))
+    assert works(model)
+
+
+@pytest.mark.parametrize("ext", [BatchGrad(), BatchL2Grad(), DiagGGN(), KFAC(fisher="exact")])
+def test_training_mode_batch_norm(ext):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
+    extend(model)
+    loss_fn, x, y = extend(nn.CrossEntropyLoss()), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with pytest.raises(UnsupportedError, match=r"couples the data.*eval\(\)"), backpack(ext):
+        loss_fn(model(x), y).backward()
+    with backpack(KFAC(), KFAC(fisher="empirical", savefield="e")):  # defined
+        loss_fn(model(x), y).backward()
+    model.eval()
+    with backpack(ext):
+        loss_fn(model(x), y).backward()
+
+
+def test_uncovered_parameters_are_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.norm = nn.Parameter(torch.zeros(4)), nn.LayerNorm(4)
+            self.head, self.unused = nn.Linear(4, 3), nn.LayerNorm(9)
+
+        def forward(self, x):
+            return self.head(self.norm(x + self.token))
+
+    model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with pytest.raises(UnsupportedError) as error, backpack(KFAC()):
+        loss_fn(model(x), y).backward()
+    for part in ("token of Net", "norm.weight of LayerNorm", "norm.bias of LayerNorm", "register_rule"):
+        assert part in str(error.value)
+    assert "unused" not in str(error.value) and "head" not in str(error.value)
+    warns = pytest.warns(UserWarning, match=r"norm\.weight of LayerNorm")
+    with warns, backpack(KFAC(unsupported="warn")):
+        loss_fn(model(x), y).backward()
+    with backpack(KFAC(unsupported="skip")):
+        loss_fn(model(x), y).backward()
+    assert hasattr(model.head.weight, "kfac") and not hasattr(model.norm.weight, "kfac")
+
+
+def test_parametrised_weight_is_named():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    loss_fn = extend(nn.CrossEntropyLoss())
+    extend(model)
+    with pytest.raises(UnsupportedError, match="parametrised weight"), backpack(KFAC()):
+        loss_fn(model(torch.randn(6, 4)), torch.randint(0, 3, (6,))).backward()
+
+
+def test_weight_used_outside_of_its_module():
+    """``F.linear(x, layer.weight)`` makes no call of the layer: named, not missing."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(F.linear(x, self.lin.weight))
+
+    model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
+    with pytest.raises(UnsupportedError, match=r"lin\.weight of Linear"), backpack(BatchGrad()):
+        loss_fn(model(torch.randn(6, 4)), torch.randint(0, 3, (6,))).backward()
+
+
+def test_empty_batch():
+    model, loss_fn, _, _ = parts(nn.CrossEntropyLoss(reduction="sum"))
+    with pytest.raises(ValueError, match="empty"), backpack(KFAC()):
+        loss_fn(model(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.long)).backward()
+    assert works(model)
+
+
+def test_graph_differentiated_twice():
+    model, loss_fn, x, y = parts()
+    loss = loss_fn(model(x), y)
+    loss.backward()
+    with pytest.raises(RuntimeError), backpack(KFAC()):
+        loss.backward()
+    assert works(model)
+
+
+def test_input_modified_in_place():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            z = self.emb(x)
+            x.mul_(2)  # the input requires no gradient; with a frozen weight torch does not notice
+            return self.head(z)
+
+    model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
+    with pytest.raises(RuntimeError, match="modified"), backpack(KFAC(fisher="exact")):
+        loss_fn(model(torch.randn(6, 4)), torch.randint(0, 3, (6,))).backward()
+
+
+def test_logits_modified_in_place():
+    model, loss_fn, x, y = parts()
+    with pytest.raises(RuntimeError, match="modified in place"), backpack(KFAC(fisher="exact")):
+        out = model(x)
+        loss = loss_fn(out, y)
+        with torch.no_grad():
+            out.mul_(2)
+        loss.backward()
+
+
+def test_site_without_its_cotangent():
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(Drop.apply(self.lin(x)) + x)
+
+    for ext in (KFAC(), KFAC(fisher="exact"), BatchGrad()):
+        model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
+        with pytest.raises(RuntimeError, match=r"No vector arrived at the output of lin"), backpack(ext):
+            loss_fn(model(torch.randn(6, 4)), torch.randint(0, 3, (6,))).backward()
+
+
+def test_parts_extended_instead_of_the_whole():
+    a, b = extend(nn.Linear(4, 5)), extend(nn.Linear(5, 3))
+    loss_fn = extend(nn.CrossEntropyLoss())
+    with pytest.raises(RecordingError, match="disagree about the batch size"), backpack(KFAC()):
+        z = a(torch.randn(3, 2, 4))
+        loss_fn(b(z.flatten(0, 1)), torch.randint(0, 3, (6,))).backward()
+
+
+def test_rows_that_are_no_multiple_of_the_batch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)).transpose(0, 1))
+
+    model, loss_fn = extend(Net()), extend(nn.MSELoss())
+    with pytest.raises(UnsupportedError, match=r"batch_axis=\{'b': AXIS\}"), backpack(BatchGrad()):
+        out = model(torch.randn(3, 2, 4))
+        loss_fn(out.transpose(0, 1), torch.zeros(3, 2, 3)).backward()
+
+
+def test_unbatched_input():
+    model, loss_fn = extend(nn.Linear(4, 3)), extend(nn.MSELoss())
+    with pytest.raises(UnsupportedError, match="no batch axis"), backpack(BatchGrad()):
+        loss_fn(model(torch.randn(4)), torch.zeros(3)).backward()
+
+
+def test_too_many_columns_and_too_large_factors():
+    model, loss_fn, x, y = parts()
+    with (
+        pytest.raises(ValueError, match=r'Use fisher="mc"'),
+        backpack(KFAC(fisher="exact", max_columns=2)),
+    ):
+        loss_fn(model(x), y).backward()
+    with pytest.raises(ValueError, match=r'Use fisher="mc"'), backpack(DiagGGN(max_columns=2)):
+        loss_fn(model(x), y).backward()
+    with pytest.raises(UnsupportedError, match=r'oversize="diagonal"'), backpack(KFAC(max_dim=4)):
+        loss_fn(model(x), y).backward()
+    kfac = KFAC(fisher="exact")
+    small = KFAC(fisher="exact", max_dim=4, oversize="diagonal", savefield="small")
+    with backpack(kfac, small):
+        loss_fn(model(x), y).backward()
+    for p in (model[0].weight, model[2].weight):
+        for dense, thin in zip(p.kfac, p.small, strict=True):
+            torch.testing.assert_close(thin, dense.diagonal() if len(dense) > 4 else dense)
+
+
+def test_generator_on_another_device():
+    model, loss_fn, x, y = parts()
+    kfac = KFAC()
+    kfac._generator = type("G", (), {"device": torch.device("cuda")})()
+    with pytest.raises(ValueError, match="generator lives on cuda"), backpack(kfac):
+        loss_fn(model(x), y).backward()
+
+
+def test_dataset_errors():
+    model, loss_fn, x, y = parts()
+    with pytest.raises(ValueError, match="empty"):
+        collect(model, loss_fn, [], KFAC(), progress=False)
+    with pytest.raises(ValueError, match="savefield"):
+        collect(model, loss_fn, [(x, y)], KFAC(), KFAC(), progress=False)
+    with pytest.raises(ValueError, match="subsampling"):
+        collect(model, loss_fn, [(x, y)], BatchGrad([0]), progress=False)
+    with pytest.raises(ValueError, match="subsampling"), backpack(BatchGrad([6])):
+        loss_fn(model(x), y).backward()
+
+
+def test_scale_grad_by_freq():
+    model = extend(nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True)))
+    loss_fn = extend(nn.MSELoss())
+    with pytest.raises(UnsupportedError, match="scale_grad_by_freq"), backpack(BatchGrad()):
+        loss_fn(model(torch.tensor([0, 1, 1])), torch.zeros(3, 3)).backward()
