@@ -210,9 +210,9 @@ class BackwardPass(Receiver):
     def _check_reach(self, start: str, reach: Reach) -> int:
         """Check what a loss or output depends on; return the batch size."""
         self.nodes.append(reach.nodes)
-        batches = {site.batch: site.label for site in reach.sites}
+        batches = {site.batch: site for site in reach.sites}
         if len(batches) > 1:
-            found = ", ".join(f"{label}: {N}" for N, label in batches.items())
+            found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
             raise RecordingError(
                 f"The layers behind {start} disagree about the batch size ({found}). It is the "
                 "leading size of the outermost extended module's input: extend the whole model, not "
@@ -267,7 +267,7 @@ class BackwardPass(Receiver):
 
     def _tap(self, reach: Reach) -> None:
         """Place taps on the Sites' outputs, and note which of them the gradient will pass."""
-        tapped = self.sites
+        tapped, ref = self.sites, weakref.ref(self)
         for site, captures in reach.sites.items():
             if site in tapped:
                 if site.broadcast and len(captures) != len(tapped[site]):
@@ -279,7 +279,7 @@ class BackwardPass(Receiver):
             tapped[site] = captures
             for capture in captures:
                 node = capture.edge.node
-                handle = node.register_prehook(Tap(site, capture, self))
+                handle = node.register_prehook(Tap(site, capture, ref))
                 if self.keep:
                     self.handles.append(handle)
             if torch._C._will_engine_execute_node(captures[0].edge.node):
@@ -337,7 +337,9 @@ class BackwardPass(Receiver):
             if pending.full:
                 self._flush_small(extensions, pending)
         else:
-            self._absorb(extensions, [([site], [g])])
+            layers = [([site], [g])]
+            self._absorb(extensions, layers)
+            self._release(extensions, layers)
 
     def _flush(self, extensions, pending: Pending) -> None:
         """Absorb what is pending: the calls of one layer together, then layers of equal shape."""
@@ -346,15 +348,16 @@ class BackwardPass(Receiver):
             self._absorb(extensions, [(sites, gs)])
 
     def _flush_small(self, extensions, pending: Pending) -> None:
-        for group in pending.take_small():
-            self._absorb(extensions, group)
+        for layers in pending.take_small():
+            self._absorb(extensions, layers)
+            self._release(extensions, layers)
 
     def _absorb(self, extensions, layers: list[tuple[list[Site], list[Tensor]]]) -> None:
         """Hand layers of equal shape, each with its calls and their vectors, to the extensions."""
         site = layers[0][0][0]
         scale = 1.0 if self.scale is None else self.scale
         units: dict[Rule, list[Unit]] = {}
-        with self._quiet(site.device_type):
+        with self._quiet(layers[0][1][0].device.type):
             for ext in extensions:
                 rule = ext.rule_for(site.module, site.rule)
                 if rule is None:
@@ -362,15 +365,17 @@ class BackwardPass(Receiver):
                 if rule not in units:
                     units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
                 ext.absorb_all(self.stores[ext], units[rule])
+
+    def _release(self, extensions, layers) -> None:
+        """Let go of the inputs of calls that nothing will ask for any more."""
         if extensions is self.main and not self.keep:
             for sites, _ in layers:
-                if len(sites) == 1 and not sites[0].shared:
-                    sites[0].release()
+                sites[0].release()
 
     def _quiet(self, device_type: str):
         """Compute without gradients and without autocast, whatever the caller has switched on."""
         grad, autocast = self.loud
-        if not grad and device_type not in autocast:
+        if not grad and not autocast:
             return _NOTHING
         stack = ExitStack()
         stack.enter_context(torch.no_grad())

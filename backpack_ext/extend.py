@@ -46,8 +46,8 @@ def extend(
         batch_axis: Axis that counts the data, in the model's input and in its layers' inputs. A
             mapping gives it per module path (``""`` is the model itself); a path also holds for
             the modules below it. For a loss, 1 says that its rows are ordered sequence-first.
-        check_layout: Whether to check, the first time that a layer is seen with given shapes, that
-            the vectors of one datum arrive at the rows of that datum. It costs one more pass then.
+        check_layout: Whether to check, the first time that a layer's rows are read in a certain
+            way, that the vectors of one datum arrive there. It costs one more pass then.
 
     Returns:
         The module itself.

@@ -68,31 +68,34 @@ def walk(start: Node) -> Reach:
     reach = Reach()
     behind: dict[Node, bool] = {}  # is a Site at this node or upstream of it?
     consumers: dict[Node, list[tuple[Node, int]]] = {}  # of watched nodes only
-    stack = [(start, False)]
+    stack: list[tuple[Node, tuple | None]] = [(start, None)]
     while stack:
-        node, finished = stack.pop()
-        if not finished:
+        node, children = stack.pop()
+        if children is None:  # going up
             if node in behind:
                 continue
             behind[node] = False
             children = node.next_functions
             if children:
-                stack.append((node, True))
-                stack.extend((child, False) for child, _ in children if child not in behind and child)
+                stack.append((node, children))
+                for child, _ in children:
+                    if child is not None and child not in behind:
+                        stack.append((child, None))
             else:
                 variable = getattr(node, "variable", None)
                 if isinstance(variable, nn.Parameter):
                     reach.parameters[id(variable)] = variable
             continue
-        upstream = False
-        for index, (child, _) in enumerate(node.next_functions):
-            if child is None:
-                continue
-            upstream = upstream or behind[child]
-            if child in consumers:
-                consumers[child].append((node, index))
-                if node.name() in _SUMS or node.name() in _RESHAPES:
-                    consumers.setdefault(node, [])
+        upstream = False  # coming back
+        for child, _ in children:
+            if child is not None and behind[child]:
+                upstream = True
+        if consumers:
+            for index, (child, _) in enumerate(children):
+                if child in consumers:
+                    consumers[child].append((node, index))
+                    if node.name() in _SUMS or node.name() in _RESHAPES:
+                        consumers.setdefault(node, [])
         sites = node.metadata.get(TAG)
         if sites:
             for site in sites:
@@ -102,12 +105,14 @@ def walk(start: Node) -> Reach:
                     consumers.setdefault(node, [])
                 if not upstream:
                     reach.sources[site] = edge
-        elif "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
-            reach.coupled.append(node.name())
-        behind[node] = upstream or bool(sites)
+            behind[node] = True
+        else:
+            behind[node] = upstream
+            if hasattr(node, "_saved_training") and "BatchNorm" in node.name() and node._saved_training:
+                reach.coupled.append(node.name())
     reach.nodes = behind.keys()
     for site, captures in reach.sites.items():
-        if captures[0].edge.node in consumers:
+        if not site.depends_on_parameters:
             _find_broadcast(site, captures, consumers)
     return reach
 

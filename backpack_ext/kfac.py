@@ -224,15 +224,16 @@ class KFAC(Extension):
 
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Kronecker]]:
         """Build one object per parameter."""
-        found: dict[nn.Parameter, list[Kronecker]] = {}
+        found: dict[int, tuple[nn.Parameter, Kronecker | KroneckerSum]] = {}
+        ones: dict[tuple, Tensor] = {}
         for layer in store.values():
             self.join_later(layer)
-            for parameter, block in self._blocks(layer):
-                found.setdefault(parameter, []).append(block)
-        return [
-            (parameter, blocks[0] if len(blocks) == 1 else KroneckerSum(tuple(blocks)))
-            for parameter, blocks in found.items()
-        ]
+            for parameter, block in self._blocks(layer, ones):
+                other = found.get(id(parameter))
+                if other is not None:
+                    block = KroneckerSum((*_terms(other[1]), block))
+                found[id(parameter)] = (parameter, block)
+        return list(found.values())
 
     def join_later(self, layer: _Layer) -> None:
         """Form A of a layer with several calls, whose inputs had to wait for all of them."""
@@ -240,8 +241,8 @@ class KFAC(Extension):
             layer.later = False
             self._add_inputs(layer, Unit(list(layer.sites), (), layer.rule))
 
-    def _blocks(self, layer: _Layer) -> list[tuple[nn.Parameter, Kronecker]]:
-        """Return the blocks of one layer's parameters."""
+    def _blocks(self, layer: _Layer, ones: dict[tuple, Tensor]) -> list[tuple[nn.Parameter, Kronecker]]:
+        """Return the blocks of one layer's parameters; ``ones`` are shared between layers."""
         parameters, groups = layer.parameters, layer.groups
         weight, bias = parameters.get("weight"), parameters.get("bias")
         B, A = self._identity(layer) if self.fisher == "forward" else layer.B, layer.A
@@ -256,7 +257,10 @@ class KFAC(Extension):
             if joint:
                 return [*blocks, (bias, block)]
         if bias is not None:
-            one = B.new_ones((groups, 1, 1) if groups > 1 else (1, 1))
+            kind = (groups, B.dtype, B.device)
+            one = ones.get(kind)
+            if one is None:
+                one = ones[kind] = B.new_ones((groups, 1, 1) if groups > 1 else (1, 1))
             blocks.append((bias, Kronecker(B, one, layer.bias_axes, groups)))
         return blocks
 
@@ -317,6 +321,10 @@ class _Layer:
         other = copy(self)
         other.sites, other.A, other.B, other.mean, other.rows = {}, None, None, None, 0
         return other
+
+
+def _terms(block: Kronecker | KroneckerSum) -> tuple[Kronecker, ...]:
+    return block.terms if isinstance(block, KroneckerSum) else (block,)
 
 
 def _append_constant(A: Tensor, mean: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checking once per layer and shape that each datum's vectors arrive at that datum's rows."""
+"""Checking once per layer that each datum's vectors arrive at that datum's rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_layout(start: GradientEdge, reach: Reach, layout: Layout, like: Tensor
     Layers are read by the size of their leading axis, which says nothing about the order of the
     rows: ``[T, N, d]`` looks like ``[N, k, d]`` where T is a multiple of N. A layer that is read
     wrongly, or that mixes data, has this datum's vector in other data's rows. The check runs for
-    layers that have not been seen with these shapes yet, so a training loop pays for it once.
+    layers that have not been read this way before, so a training loop pays for it once.
 
     Args:
         start: Edge of the loss's input (or of the model's output).
@@ -32,7 +32,7 @@ def check_layout(start: GradientEdge, reach: Reach, layout: Layout, like: Tensor
     """
     if layout.batch == 1 or reach.coupled:
         return
-    unseen = {site for site in reach.sites if site.shapes not in site.verified and _checkable(site)}
+    unseen = {site for site in reach.sites if site.reading not in site.verified and _checkable(site)}
     if not unseen:
         return
     parts = torch.zeros_like(layout.split(like.detach().unsqueeze(0)))
@@ -57,7 +57,7 @@ def check_layout(start: GradientEdge, reach: Reach, layout: Layout, like: Tensor
                 "this check off."
             )
         if per_datum[0] > 0:
-            site.verified.add(site.shapes)
+            site.verified.add(site.reading)
 
     stream(start, reach, seed, look)
 

@@ -40,9 +40,7 @@ class Site:
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
-        device_type: Device type, for autocast.
-        shapes: What the reading of this call depends on.
-        verified: Those ``shapes`` of this layer for which the reading was checked.
+        verified: Those readings of this layer's rows that were checked, see `reading`.
     """
 
     __slots__ = (
@@ -53,7 +51,6 @@ class Site:
         "batch_axis",
         "broadcast",
         "depends_on_parameters",
-        "device_type",
         "error",
         "module",
         "name",
@@ -61,7 +58,6 @@ class Site:
         "output_nr",
         "parameters",
         "rule",
-        "shapes",
         "verified",
         "x",
     )
@@ -85,8 +81,7 @@ class Site:
         self.out_shape, self.output_nr = output.shape, 0
         self.error: str | None = None
         self.broadcast = False
-        self.device_type = output.device.type
-        self.shapes, self.verified = (x.shape[1:], x.shape[:1] == (batch,)), verified
+        self.verified = verified
         self._live = True
         for p in parameters.values():
             key = id(p)
@@ -99,6 +94,11 @@ class Site:
     def label(self) -> str:
         """Module path and class, for messages."""
         return f"{self.name or '(root)'} ({type(self.module).__name__})"
+
+    @property
+    def reading(self) -> tuple[int, bool]:
+        """How the rows are read: the output's dimensions, and whether it leads with the data."""
+        return len(self.out_shape), self.out_shape[0] == self.batch
 
     @property
     def shared(self) -> bool:

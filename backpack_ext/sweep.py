@@ -82,8 +82,8 @@ class Tap:
 
     __slots__ = ("factor", "main", "output_nr", "site")
 
-    def __init__(self, site: Site, capture: Capture, main: Receiver):
-        self.site, self.main = site, weakref.ref(main)
+    def __init__(self, site: Site, capture: Capture, main: weakref.ref[Receiver]):
+        self.site, self.main = site, main
         self.output_nr, self.factor = capture.edge.output_nr, capture.factor
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:

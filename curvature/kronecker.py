@@ -3,7 +3,7 @@ r"""Kronecker products :math:`B \otimes A` that know which axes of a parameter t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -49,6 +49,9 @@ class Axes:
         return t.reshape(*lead, *t.shape[1:])
 
 
+MATRIX = Axes()
+
+
 def _axes(side: str) -> list[str]:
     """Split one side of a pattern into its axes; a parenthesised group is one axis."""
     axes, depth = [], 0
@@ -59,7 +62,7 @@ def _axes(side: str) -> list[str]:
     return axes
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Kronecker:
     r"""A Kronecker-factored curvature block :math:`B \otimes A`.
 
@@ -93,11 +96,14 @@ class Kronecker:
 
     B: Tensor
     A: Tensor
-    axes: Axes = field(default_factory=Axes)
+    axes: Axes = MATRIX
     groups: int = 1
     joint: bool = False
 
     def __post_init__(self):
+        b, a = self.B.shape, self.A.shape
+        if self.groups == 1 and len(b) == len(a) == 2 and b[0] == b[1] and a[0] == a[1]:
+            return  # the common case, at little cost
         lead = 1 if self.groups > 1 else 0
         for name, factor in (("B", self.B), ("A", self.A)):
             dims = factor.dim() - lead

@@ -42,11 +42,13 @@ class Rule(ABC):
         An attribute that is no Parameter (a parametrised weight) is left out: the parameters
         behind it are then reported as uncovered.
         """
-        found = {}
-        for role, name in (("weight", self.weight), ("bias", self.bias)):
-            p = module._parameters.get(name)
-            if p is not None and p.requires_grad:
-                found[role] = p
+        found, stored = {}, module._parameters
+        p = stored.get(self.weight)
+        if p is not None and p.requires_grad:
+            found["weight"] = p
+        p = stored.get(self.bias)
+        if p is not None and p.requires_grad:
+            found["bias"] = p
         return found
 
     def groups(self, module: nn.Module) -> int:

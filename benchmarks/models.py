@@ -1,0 +1,170 @@
+"""The problems that are measured: a model, a mini-batch and its labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with a batch of data; the loss is the mean cross-entropy.
+
+    Args:
+        name: Key in `PROBLEMS`.
+        title: Column head in tables.
+        about: One line that describes the model and the batch.
+        model: The model, not extended.
+        x: The inputs, ``[N, ...]``.
+        y: The labels, ``[N]``.
+        sequential: Whether BackPACK's extensions can treat the model.
+    """
+
+    name: str
+    title: str
+    about: str
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    sequential: bool = True
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention ``[N, T, d] -> [N, T, d]`` in plain PyTorch.
+
+    Args:
+        width: The feature dimension d.
+        heads: Number of heads.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the attended values of all heads, projected."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; its norms have no parameters.
+
+    Args:
+        width: The feature dimension.
+        heads: Number of attention heads.
+        hidden: Width of the MLP's hidden layer.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the attention's and the MLP's update."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """A small vision transformer with fixed position embeddings and mean pooling.
+
+    All trainable parameters belong to linear layers and a convolution, so that each extension
+    covers all of them.
+
+    Args:
+        size: Height and width of the images (3 channels).
+        patch: Height and width of a patch.
+        width: The feature dimension.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+    """
+
+    def __init__(self, size: int, patch: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, stride=patch)
+        self.register_buffer("position", _sines((size // patch) ** 2, width))
+        self.blocks = nn.ModuleList([Block(width, heads, 4 * width) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``[N, classes]`` of images ``[N, 3, size, size]``."""
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def _sines(tokens: int, width: int) -> Tensor:
+    """Return fixed position embeddings ``[tokens, width]``."""
+    rates = torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(tokens)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(784, 512), nn.ReLU()),
+        *(nn.Linear(512, 512), nn.ReLU()),
+        nn.Linear(512, CLASSES),
+    )
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64 * 4 * 4, CLASSES)),
+    )
+
+
+def _tiny() -> nn.Module:
+    hidden = [layer for _ in range(40) for layer in (nn.Linear(32, 32), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(32, CLASSES))
+
+
+def _problem(
+    name: str, title: str, about: str, model: Callable, shape: tuple, sequential: bool = True
+) -> Callable[[str], Problem]:
+    """Return a factory: ``factory(device)`` draws parameters and data from a fixed seed."""
+
+    def make(device: str = "cpu") -> Problem:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net, x = model().to(device), torch.rand(shape).to(device)
+            y = torch.randint(CLASSES, shape[:1]).to(device)
+        return Problem(name, title, about, net, x, y, sequential)
+
+    return make
+
+
+PROBLEMS: dict[str, Callable[[str], Problem]] = {
+    "mlp": _problem("mlp", "MLP", "MLP 784-512-512-10, ReLU, batch 128", _mlp, (128, 784)),
+    "cnn": _problem(
+        *("cnn", "CNN", "three convolutions 3x3 (32, 64, 64), ReLU, max-pool, head; 3x32x32, batch 64"),
+        *(_cnn, (64, 3, 32, 32)),
+    ),
+    "vit": _problem(
+        *("vit", "ViT", "ViT, 4 blocks of width 64, 4 heads, 64 patches of 3x32x32, batch 32"),
+        *(lambda: ViT(32, 4, 64, 4, 4), (32, 3, 32, 32), False),
+    ),
+    "tiny": _problem(
+        *("tiny", "41 tiny layers", "41 linear layers of width 32, ReLU, batch 8: pure overhead"),
+        *(_tiny, (8, 32)),
+    ),
+}

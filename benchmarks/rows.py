@@ -1,0 +1,136 @@
+"""The rows of the table: what is asked of the library, of BackPACK, and of the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from backpack import extensions as theirs
+
+from backpack_ext import (
+    KFAC,
+    BatchDotGrad,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGN,
+    SumGradSquared,
+    Variance,
+)
+from benchmarks.floor import Product, Shapes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, or several at once.
+
+    Args:
+        name: Row head in tables.
+        ours: ``ours(device)`` returns our extensions; None stands for no context at all.
+        theirs: Returns BackPACK's extensions for the same quantity; None where it has none.
+        products: The matrix products needed beyond a plain step.
+        context: Whether the step runs inside a ``backpack(...)`` block.
+    """
+
+    name: str
+    ours: Callable[[str], list]
+    theirs: Callable[[], list] | None
+    products: Callable[[Shapes], list[Product]]
+    context: bool = True
+
+
+def _several(device: str) -> list:
+    """Two of the three share one sweep, because they share a generator."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        KFAC(fisher="mc", generator=generator),
+        BatchL2Grad(),
+        DiagGGN(fisher="mc", generator=generator),
+    ]
+
+
+ROWS: tuple[Row, ...] = (
+    # BackPACK's KFAC of a convolution is neither flavour (its B is that of reduce, its A that of
+    # expand times S); it stands beside expand.
+    Row(
+        "KFAC expand mc",
+        lambda device: [KFAC("expand", "mc")],
+        lambda: [theirs.KFAC(mc_samples=1)],
+        lambda s: s.sweep(1) + s.each("factors", "expand", 1),
+    ),
+    Row(
+        "KFAC reduce mc",
+        lambda device: [KFAC("reduce", "mc")],
+        None,
+        lambda s: s.sweep(1) + s.each("factors", "reduce", 1),
+    ),
+    Row(
+        "KFAC expand empirical",
+        lambda device: [KFAC("expand", "empirical")],
+        None,
+        lambda s: s.each("factors", "expand", 1),
+    ),
+    Row(
+        "KFAC reduce empirical",
+        lambda device: [KFAC("reduce", "empirical")],
+        None,
+        lambda s: s.each("factors", "reduce", 1),
+    ),
+    Row(
+        "KFAC expand exact",
+        lambda device: [KFAC("expand", "exact")],
+        lambda: [theirs.KFLR()],
+        lambda s: s.sweep(s.classes) + s.each("factors", "expand", s.classes),
+    ),
+    Row(
+        "BatchGrad",
+        lambda device: [BatchGrad()],
+        lambda: [theirs.BatchGrad()],
+        lambda s: s.each("per_sample"),
+    ),
+    Row(
+        "BatchL2Grad",
+        lambda device: [BatchL2Grad()],
+        lambda: [theirs.BatchL2Grad()],
+        lambda s: s.each("norms"),
+    ),
+    Row(
+        "SumGradSquared",
+        lambda device: [SumGradSquared()],
+        lambda: [theirs.SumGradSquared()],
+        lambda s: s.each("square_sum"),
+    ),
+    # The mean that the variance needs is the gradient, which a plain step computes anyway.
+    Row(
+        "Variance",
+        lambda device: [Variance()],
+        lambda: [theirs.Variance()],
+        lambda s: s.each("square_sum"),
+    ),
+    Row(
+        "BatchDotGrad",
+        lambda device: [BatchDotGrad()],
+        None,
+        lambda s: s.each("dots"),
+    ),
+    Row(
+        "DiagGGN mc",
+        lambda device: [DiagGGN("mc")],
+        lambda: [theirs.DiagGGNMC(mc_samples=1)],
+        lambda s: s.sweep(1) + s.each("square_sum"),
+    ),
+    Row(
+        "DiagGGN exact",
+        lambda device: [DiagGGN("exact")],
+        lambda: [theirs.DiagGGNExact()],
+        lambda s: s.sweep(s.classes) + s.each("square_sum", s.classes),
+    ),
+    Row(
+        "KFAC mc + BatchL2Grad + DiagGGN mc",
+        _several,
+        lambda: [theirs.KFAC(mc_samples=1), theirs.BatchL2Grad(), theirs.DiagGGNMC(mc_samples=1)],
+        lambda s: s.sweep(1) + s.each("factors", "expand", 1) + s.each("norms") + s.each("square_sum"),
+    ),
+    Row("backpack() with nothing", lambda device: [], lambda: [], lambda s: []),
+    Row("extended, no context", lambda device: [], lambda: [], lambda s: [], context=False),
+)

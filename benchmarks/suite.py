@@ -1,0 +1,192 @@
+"""One problem, all rows: build the variants, time them, measure their memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import backpack as their
+import torch
+from torch import Tensor, nn
+
+import backpack_ext as our
+from benchmarks.floor import operands, shapes_of, total_flops
+from benchmarks.memory import peak_memory
+from benchmarks.models import Problem
+from benchmarks.rows import Row
+from benchmarks.timing import Variant, interleave, summary
+
+PLAIN = ("plain",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Args:
+        seconds: Time for the rounds of one problem.
+        rounds: Smallest and largest number of rounds.
+        device: Where to run.
+    """
+
+    seconds: float
+    rounds: tuple[int, int]
+    device: str = "cpu"
+
+    def sync(self) -> None:
+        """Wait until the device has done its work."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
+    """Measure one problem.
+
+    Args:
+        problem: The model and its data.
+        rows: What to compute.
+        settings: How long to measure.
+
+    Returns:
+        A dictionary for JSON: times are quartiles ``[lower, median, upper]`` of ratios to the plain
+        step of the same round, memory is the ratio of peaks.
+    """
+    steps = _steps(problem, rows, settings.device)
+    products = _products(problem, rows)
+    variants = steps | _floors(products, settings.device)
+    for variant in variants.values():
+        variant.warm_up(settings.sync)
+    peaks = {key: _peak(variant, settings) for key, variant in steps.items()}
+    times = interleave(variants, PLAIN, settings.sync, settings.seconds, settings.rounds)
+    return {
+        "name": problem.name,
+        "title": problem.title,
+        "about": problem.about,
+        "batch": len(problem.x),
+        "parameters": sum(p.numel() for p in problem.model.parameters()),
+        "rounds": len(times[PLAIN]),
+        "plain_ms": _rounded([1e3 * t for t in summary(times[PLAIN])]),
+        "plain_mib": _digits(peaks[PLAIN] / 2**20),
+        "rows": [_row(row, products[row.name], times, peaks) for row in rows],
+    }
+
+
+def _row(row: Row, products: tuple, times: dict, peaks: dict) -> dict:
+    result: dict = {"name": row.name}
+    for side in ("ours", "backpack"):
+        key = (side, row.name)
+        if key in times:
+            ratios = [t / plain for t, plain in zip(times[key], times[PLAIN], strict=True)]
+            result[side] = {
+                "time": _rounded(summary(ratios)),
+                "memory": _digits(peaks[key] / peaks[PLAIN]),
+            }
+    floor = [1.0] * len(times[PLAIN])
+    if products:
+        extra = times["floor", products]
+        floor = [1 + t / plain for t, plain in zip(extra, times[PLAIN], strict=True)]
+    result["floor"] = {
+        "time": _rounded(summary(floor)),
+        "gflop": _digits(total_flops(products) / 1e9),
+    }
+    return result
+
+
+# --------------------------------------------------------------------------- variants
+
+
+def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
+    """Build the steps on three copies of the model: plain, extended by us, by BackPACK."""
+    x, y = problem.x, problem.y
+    plain = copy.deepcopy(problem.model)
+    variants = {PLAIN: _variant(plain, nn.CrossEntropyLoss(), x, y, nullcontext, [])}
+    model, loss_fn = our.extend(copy.deepcopy(problem.model)), our.extend(nn.CrossEntropyLoss())
+    for row in rows:
+        exts = row.ours(device)
+        context = _context(our.backpack, exts) if row.context else nullcontext
+        variants["ours", row.name] = _variant(model, loss_fn, x, y, context, exts)
+    if problem.sequential:
+        model = their.extend(copy.deepcopy(problem.model))
+        loss_fn = their.extend(nn.CrossEntropyLoss())
+        for row in rows:
+            if row.theirs is not None:
+                exts = row.theirs()
+                context = _context(their.backpack, exts) if row.context else nullcontext
+                variants["backpack", row.name] = _variant(model, loss_fn, x, y, context, exts)
+    return variants
+
+
+def _context(backpack: type, exts: list) -> Callable[[], AbstractContextManager]:
+    return lambda: backpack(*exts)
+
+
+def _variant(
+    model: nn.Module,
+    loss_fn: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    context: Callable[[], AbstractContextManager],
+    exts: list,
+) -> Variant:
+    """Return a forward and backward inside a context; gradients and results are cleared before."""
+
+    def step() -> None:
+        with context():
+            loss_fn(model(x), y).backward()
+
+    def clear() -> None:
+        for p in model.parameters():
+            p.grad = None
+            for ext in exts:
+                if hasattr(p, ext.savefield):
+                    delattr(p, ext.savefield)
+
+    return Variant(step, clear)
+
+
+def _products(problem: Problem, rows: Sequence[Row]) -> dict[str, tuple]:
+    """Return each row's floor as a tuple of products."""
+    shapes = shapes_of(copy.deepcopy(problem.model), problem.x)
+    return {row.name: tuple(row.products(shapes)) for row in rows}
+
+
+def _floors(products: dict[str, tuple], device: str) -> dict[tuple, Variant]:
+    """Return one variant per list of products; rows with the same list share it."""
+    source = operands(device)
+    floors = {}
+    for floor in products.values():
+        if floor and ("floor", floor) not in floors:
+            floors["floor", floor] = Variant(_runner([p.prepare(source) for p in floor]))
+    return floors
+
+
+def _runner(calls: list[Callable[[], Tensor]]) -> Callable[[], list[Tensor]]:
+    return lambda: [call() for call in calls]
+
+
+def _peak(variant: Variant, settings: Settings) -> int:
+    """Return the peak over two steps in a row: what the first fails to free is in it."""
+
+    def steps() -> None:
+        variant.step()
+        variant.clear()
+        variant.step()
+
+    variant.clear()
+    peak = peak_memory(steps, settings.device)
+    variant.clear()
+    return peak
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+def _digits(value: float) -> float:
+    """Keep four significant digits: more would be noise that fills the stored file."""
+    return float(f"{value:.4g}")
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [_digits(value) for value in values]

@@ -1,0 +1,122 @@
+"""The benchmarks run, store what they print, and count the floor right. No times are asserted."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.__main__ import main
+from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
+from benchmarks.memory import peak_memory
+from benchmarks.models import PROBLEMS
+from benchmarks.rows import ROWS
+
+ROW = {row.name: row for row in ROWS}
+
+
+def test_main_stores_every_row(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    main(["--models", "tiny", "--repetitions", "1", "--out", str(tmp_path), "--name", "smoke"])
+    assert torch.get_num_threads() == threads
+    report = json.loads((tmp_path / "smoke.json").read_text())
+    assert {"cpu", "cores", "threads", "torch", "backpack", "date", "device"} <= set(report["machine"])
+    (problem,) = report["problems"]
+    assert problem["name"] == "tiny" and problem["batch"] == 8 and problem["rounds"] == 1
+    assert problem["parameters"] == 40 * 33 * 32 + 33 * 10
+    assert [row["name"] for row in problem["rows"]] == list(ROW)
+    for row in problem["rows"]:
+        sides = {"ours"} | ({"backpack"} if ROW[row["name"]].theirs else set())
+        assert set(row) == {"name", "floor"} | sides
+        for side in sides:
+            assert len(row[side]["time"]) == 3 and min(row[side]["time"]) > 0
+            assert row[side]["memory"] > 0.9
+        assert row["floor"]["time"][1] >= 1
+    printed = capsys.readouterr().out
+    assert all(printed.count(name) >= 3 for name in ROW)  # the text and both rst tables
+
+
+def test_rows_can_be_chosen(tmp_path):
+    arguments = ["--models", "tiny", "--repetitions", "1", "--rows", "l2", "--out", str(tmp_path)]
+    names = [row["name"] for row in main(arguments)["problems"][0]["rows"]]
+    assert names == ["BatchL2Grad", "KFAC mc + BatchL2Grad + DiagGGN mc"]
+
+
+# N = 7 data through layers 5-3-2, by hand: a product [m, k] @ [k, n] has 2 m k n operations, and
+# only the second layer carries vectors on ([7, 2] @ [2, 3])
+SWEEP = 2 * 7 * 2 * 3
+A, B = 2 * 7 * (5 * 5 + 3 * 3), 2 * 7 * (3 * 3 + 2 * 2)
+SQUARES = 2 * 7 * (3 * 5 + 2 * 3)
+
+
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("KFAC expand mc", SWEEP + A + B),
+        ("KFAC reduce mc", SWEEP + A + B),
+        ("KFAC expand empirical", A + B),
+        ("KFAC reduce empirical", A + B),
+        ("KFAC expand exact", 2 * SWEEP + A + 2 * B),
+        ("BatchGrad", SQUARES),
+        ("BatchL2Grad", 0),
+        ("SumGradSquared", SQUARES),
+        ("Variance", SQUARES),
+        ("BatchDotGrad", 2 * 7 * 7 * (5 + 3 + 3 + 2)),
+        ("DiagGGN mc", SWEEP + SQUARES),
+        ("DiagGGN exact", 2 * SWEEP + SQUARES),
+        ("KFAC mc + BatchL2Grad + DiagGGN mc", SWEEP + A + B + SQUARES),
+        ("backpack() with nothing", 0),
+        ("extended, no context", 0),
+    ],
+)
+def test_floor_of_a_two_layer_mlp(name, flops):
+    shapes = shapes_of(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(7, 5))
+    assert total_flops(ROW[name].products(shapes)) == flops
+
+
+def test_floor_of_a_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(8, 5))
+    first, second, head = shapes_of(model, torch.rand(6, 3, 5, 5)).layers
+    assert (first.N, first.S, first.i, first.o, first.upstream) == (6, 9, 27, 4, False)
+    assert (second.S, second.i, second.o, second.upstream) == (4, 16, 2, True)
+    assert (head.S, head.i, head.o) == (1, 8, 5)
+    assert first.vjp(1) == []
+    (vjp,) = second.vjp(3)
+    assert vjp == ConvInput((4, 3, 3), (2, 2, 2), (2, 4, 2, 2), (1, 1), (0, 0), 18)
+    assert vjp.flops == 2 * 18 * 4 * 2 * 16
+    assert first.factors("reduce", 2) == [MatMul(1, 27, 6, 27, "tn"), MatMul(1, 4, 12, 4, "tn")]
+    assert second.square_sum(3) == [MatMul(18, 2, 4, 16, "tn")]
+    # s (i + o) = 72 >= i o = 32: forming the gradients is cheaper than Gram matrices
+    assert second.norms() == second.per_sample()
+
+
+def test_floor_of_attention():
+    problem = PROBLEMS["vit"]("cpu")
+    shapes = shapes_of(problem.model, problem.x)
+    assert len(shapes.layers) == 1 + 4 * 4 + 1 and len(shapes.attentions) == 4
+    assert total_flops(shapes.attentions[0].vjp(1)) == 4 * 2 * (32 * 4) * 64 * 64 * 16
+    assert not shapes.layers[0].upstream and all(layer.upstream for layer in shapes.layers[1:])
+
+
+@pytest.mark.parametrize(
+    "product, shape",
+    [
+        (MatMul(1, 3, 4, 5), (3, 5)),
+        (MatMul(2, 3, 4, 5, "tn"), (2, 3, 5)),
+        (MatMul(2, 3, 4, 5, "nt"), (2, 3, 5)),
+        (MatMul(2, 3, 1, 5, "tn"), (2, 3, 5)),
+        (ConvInput((4, 3, 3), (2, 2, 2), (2, 4, 2, 2), (1, 1), (0, 0), 6), (6, 4, 3, 3)),
+    ],
+)
+def test_products_run(product, shape):
+    assert product.prepare(operands("cpu"))().shape == shape
+
+
+def test_peak_memory_of_known_allocations():
+    def step():
+        a = torch.empty(2**20)
+        b = torch.empty(2**19)
+        del a
+        return b, torch.empty(2**18)
+
+    assert peak_memory(step, "cpu") == 4 * (2**20 + 2**19)

@@ -1,0 +1,68 @@
+"""The examples run as a user would run them, and print what they promise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> str:
+    """Run a script from the repository's root; return what it printed."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart():
+    lines = run("examples/quickstart.py").splitlines()
+    assert [line.split()[0] for line in lines[:4]] == [
+        "qkv.weight",
+        "qkv.bias",
+        "head.weight",
+        "head.bias",
+    ]
+    assert "Kronecker(B=(18, 18), A=(6, 6))  gradient norms 0.10 0.04 0.07 0.05" in lines[0]
+    assert lines[4] == "head.weight: tr B = 0.659, tr A = 0.576"
+
+
+def test_own_layer():
+    out = run("examples/own_layer.py")
+    assert "0.kernel of KernelLinear" in out
+    assert "BatchGrad(8, 5, 4) agrees with autograd: True" in out
+    assert "Kronecker(B=(4, 4), A=(5, 5)) agrees with autograd: True" in out
+
+
+def test_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    out = run("examples/digits.py", "--quick", "--out", str(tmp_path))
+
+    lines = [line.split() for line in out.splitlines()]
+    assert ["conv2", "16x8x3x3", "16x16", "72x72"] in [line[:4] for line in lines]
+    assert ["blocks.1.qkv", "72x24", "72x72", "24x24"] in [line[:4] for line in lines]
+    assert "class_token of ViT" in out
+    assert "all five at once" in out
+
+    images = sorted(tmp_path.glob("*.png"))
+    names = ["blocks", "errors", "loudest_images", "spectra_convnet", "spectra_vit"]
+    assert [image.stem for image in images] == names
+    for image in images:
+        assert image.stat().st_size > 10_000
+        assert str(image) in out
