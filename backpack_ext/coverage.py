@@ -36,7 +36,7 @@ def check_coverage(
         return
     message = (
         f"{type(ext).__name__} does not cover these parameters of the loss:\n  "
-        + "\n  ".join(_describe(p, sites) for p in uncovered)
+        + "\n  ".join(sorted(_describe(p, sites) for p in uncovered))
         + "\nTheir modules have no rule, or were used in a way that was not recorded. Register a "
         'rule (backpack_ext.rules.register_rule), freeze them, or pass unsupported="warn" or '
         '"skip" to leave them out.'

@@ -44,6 +44,7 @@ def collect(
         For each extension's savefield, the results by parameter name.
 
     Raises:
+        TypeError: If ``loss_fn`` is no module.
         ValueError: If the loader is empty, or two extensions save to the same field.
         ImportError: If ``progress`` is asked for and tqdm is missing.
 
@@ -58,6 +59,12 @@ def collect(
         (18.33333396911621, 18.33333396911621)
     """
     check_savefields(extensions)
+    if not isinstance(loss_fn, nn.Module):
+        raise TypeError(
+            f"collect: loss_fn must be a loss module such as torch.nn.CrossEntropyLoss(), got "
+            f"{loss_fn!r}. A loss that no module computes goes into `forward`, tied to one with "
+            "attach_loss."
+        )
     forward = forward or _forward
     extend(model), extend(loss_fn)
     runs = [ext.over_batches() for ext in extensions]

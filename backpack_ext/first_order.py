@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backpack_ext import normal
 from backpack_ext.extension import Extension, Vectors
-from backpack_ext.unit import Unit
+from backpack_ext.unit import Unit, stack_inputs, stack_vectors
 
 
 class PerSample(Extension):
@@ -30,11 +30,15 @@ class PerSample(Extension):
 
     @abstractmethod
     def of_weight(self, a, b: Tensor) -> Tensor:
-        """Return the quantity of a weight from ``a[g,n,s,i]`` and ``b[g,v,n,s,o]``."""
+        """Return the quantity of a weight from ``a[g,n,s,i]`` and ``b[g,v,n,s,o]``.
+
+        Returns:
+            ``[..., g, o, i]`` if `per_entry`, else ``[g, ...]``: the groups' shares.
+        """
 
     @abstractmethod
     def of_grads(self, G: Tensor) -> Tensor:
-        """Return the quantity from per-sample vectors ``G[v,n,g,o,i]``."""
+        """Return the quantity from per-sample vectors ``G[v,n,g,o,i]``, laid out likewise."""
 
     # Whether the result is laid out like the parameter (per entry) or by datum only.
     per_entry = True
@@ -42,17 +46,42 @@ class PerSample(Extension):
     def absorb(self, store: dict, unit: Unit) -> None:
         """Add one layer's quantity, or its per-sample vectors if other roles are to come."""
         for role, p in unit.parameters.items():
+            entry = store.get(id(p))
+            if entry is None:
+                entry = store[id(p)] = _Entry(p, unit.batch)
             if self._other_roles(unit, p):
-                entry = store.setdefault(id(p), _Entry(p))
                 entry.add_grads(unit, role)
-                continue
-            if role == "bias":
-                value = self.of_grads(normal.bias_per_sample(unit.b))
+            elif role == "bias":
+                entry.add(self._placed(self.of_grads(normal.bias_per_sample(unit.b)), unit, role))
             else:
-                value = self.of_weight(unit.a, unit.b)
-            if self.per_entry:
-                value = unit.axes(role).to_parameter(value)
-            store.setdefault(id(p), _Entry(p)).add(value)
+                entry.add(self._placed(self.of_weight(unit.a, unit.b), unit, role))
+
+    def absorb_all(self, store: dict, units: list[Unit]) -> None:
+        """Treat layers of equal shape as the groups of one layer."""
+        unit = units[0]
+        alone = len(units) == 1 or unit.sites[0].shared or isinstance(unit.a, normal.OneHot)
+        if alone:
+            super().absorb_all(store, units)
+            return
+        b = stack_vectors(units)
+        for role in unit.parameters:
+            if role == "bias":
+                value = self.of_grads(normal.bias_per_sample(b))
+            else:
+                value = self.of_weight(stack_inputs(units), b)
+            axis = value.dim() - 3 if self.per_entry else 0
+            for u, part in zip(units, value.split(unit.groups, dim=axis), strict=True):
+                p = u.parameters[role]
+                entry = store.get(id(p))
+                if entry is None:
+                    entry = store[id(p)] = _Entry(p, u.batch)
+                entry.add(self._placed(part, u, role))
+
+    def _placed(self, value: Tensor, unit: Unit, role: str) -> Tensor:
+        """Bring a quantity to the parameter's shape, or add up the groups' shares."""
+        if self.per_entry:
+            return unit.axes(role).to_parameter(value)
+        return value[0] if len(value) == 1 else value.sum(0)
 
     @staticmethod
     def _other_roles(unit: Unit, p: nn.Parameter) -> bool:
@@ -69,17 +98,23 @@ class PerSample(Extension):
                 v, n = entry.grads.shape[:2]
                 value = self.of_grads(entry.grads.reshape(v, n, 1, 1, -1))
                 if self.per_entry:
-                    value = value.reshape(*value.shape[:-3], *entry.parameter.shape)
-                entry.add(value)
+                    entry.add(value.reshape(*value.shape[:-3], *entry.parameter.shape))
+                else:
+                    entry.add(value[0])
                 entry.grads = None
         return list(store.values())
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add (or concatenate along n) the results of a batch, put on the total's scale."""
         for entry in self._closed(store):
-            other = total.setdefault(id(entry.parameter), _Entry(entry.parameter))
-            value = entry.value * weight**self.power
+            other = total.setdefault(id(entry.parameter), _Entry(entry.parameter, 0))
+            value = self.rescaled(entry.value, weight)
             other.value = value if other.value is None else self.join(other.value, value)
+            other.batch += entry.batch
+
+    def rescaled(self, value: Tensor, weight: float) -> Tensor:
+        """Return the quantity of ``weight`` times the loss."""
+        return value * weight**self.power
 
     def join(self, one: Tensor, other: Tensor) -> Tensor:
         """Join the results of two batches."""
@@ -89,8 +124,8 @@ class PerSample(Extension):
 class _Entry:
     """What one parameter has accumulated."""
 
-    def __init__(self, parameter: nn.Parameter):
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, batch: int):
+        self.parameter, self.batch = parameter, batch
         self.value: Tensor | None = None
         self.grads: Tensor | None = None  # [v, n, *parameter.shape]
 
@@ -187,12 +222,12 @@ class BatchL2Grad(PerSample):
         super().__init__(savefield, unsupported)
 
     def of_weight(self, a, b):
-        """``sum_goi G**2``, through a Gram product where that is cheaper."""
-        return normal.square_norms(a, b)[0]
+        """``sum_oi G**2``, through a Gram product where that is cheaper."""
+        return normal.square_norms(a, b)[:, 0]
 
     def of_grads(self, G):
-        """``sum_goi G**2``."""
-        return G[0].square().sum((1, 2, 3))
+        """``sum_oi G**2``."""
+        return G[0].square().sum((2, 3)).T
 
     def join(self, one, other):
         """Concatenate along n."""
@@ -216,12 +251,12 @@ class BatchDotGrad(PerSample):
         super().__init__(savefield, unsupported)
 
     def of_weight(self, a, b):
-        """``sum_goi G_n G_m``, through a Gram product where that is cheaper."""
-        return normal.dots(a, b)[0]
+        """``sum_oi G_n G_m``, through a Gram product where that is cheaper."""
+        return normal.dots(a, b)[:, 0]
 
     def of_grads(self, G):
-        """``sum_goi G_n G_m``."""
-        return _pairwise(G[0])
+        """``sum_oi G_n G_m``."""
+        return normal.dots_of(G)[:, 0]
 
     def over_batches(self):
         """Collect the gradients themselves: pairs may come from different batches."""
@@ -271,16 +306,8 @@ class Variance(PerSample):
         unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
     """
 
-    power = 1  # of the sums; their squares are taken apart in `merge`
-
     def __init__(self, savefield: str = "variance", unsupported: str = "raise"):
         super().__init__(savefield, unsupported)
-
-    def absorb(self, store: dict, unit: Unit) -> None:
-        """Add the moments of one layer, and note N."""
-        super().absorb(store, unit)
-        for p in unit.parameters.values():
-            store[id(p)].batch = unit.batch
 
     def of_weight(self, a, b):
         """``sum_n G`` and ``sum_n G**2``, stacked."""
@@ -299,11 +326,6 @@ class Variance(PerSample):
             results.append((entry.parameter, square - mean**2))
         return results
 
-    def merge(self, total: dict, store: dict, weight: float) -> None:
-        """Add both moments and N."""
-        for entry in self._closed(store):
-            first, square = entry.value
-            entry.value = torch.stack([first, square * weight])
-            batch = getattr(total.get(id(entry.parameter)), "batch", 0)
-            super().merge(total, {id(entry.parameter): entry}, weight)
-            total[id(entry.parameter)].batch = batch + entry.batch
+    def rescaled(self, value, weight):
+        """The first moment is linear in the loss, the second quadratic."""
+        return torch.stack([value[0] * weight, value[1] * weight**2])

@@ -106,51 +106,55 @@ def square_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
 
 
 def square_norms(a: Tensor | OneHot, b: Tensor) -> Tensor:
-    """Return ``sum_goi G[v,n,g,o,i]**2`` as ``[v,n]``.
+    """Return ``sum_oi G[v,n,g,o,i]**2`` as ``[g,v,n]``.
 
     The Gram route ``sum_st (a_s . a_t)(b_s . b_t)`` is taken where it needs fewer products than
     forming G, that is for ``s (i + o) < i o``.
     """
     if isinstance(a, OneHot):
-        b = a.masked(b)[0]
+        b = a.masked(b)
         same = (a.index[:, :, None] == a.index[:, None, :]).to(b.dtype)
         return ((b @ b.mT) * same).sum((-1, -2))
     g, n, s, i = a.shape
     o = b.shape[-1]
     if s == 1:
-        norms = a.square().sum((2, 3))[:, None] * b.square().sum((3, 4))
-        return norms.sum(0)
+        return a.square().sum((2, 3))[:, None] * b.square().sum((3, 4))
     if s * (i + o) < i * o:
-        return ((a @ a.mT)[:, None] * (b @ b.mT)).sum((0, 3, 4))
+        return ((a @ a.mT)[:, None] * (b @ b.mT)).sum((3, 4))
     step = max(1, CHUNK // (g * b.shape[1] * o * i))
     parts = [
-        per_sample(a[:, k : k + step], b[:, :, k : k + step]).square_().sum((2, 3, 4))
+        per_sample(a[:, k : k + step], b[:, :, k : k + step]).square().sum((3, 4))
         for k in range(0, n, step)
     ]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1).permute(2, 0, 1)
 
 
 def dots(a: Tensor | OneHot, b: Tensor) -> Tensor:
-    """Return ``sum_goi G[v,n,g,o,i] G[v,m,g,o,i]`` as ``[v,n,m]``.
+    """Return ``sum_oi G[v,n,g,o,i] G[v,m,g,o,i]`` as ``[g,v,n,m]``.
 
     With a shared axis, the Gram route costs ``(n s)^2 (i + o)`` products, the explicit one
     ``n o i (s + n)``; the cheaper is taken.
     """
     if isinstance(a, OneHot):
-        b = a.masked(b)[0]
-        v, n, s, o = b.shape
+        b = a.masked(b)
+        g, v, n, s, o = b.shape
         index = a.index.flatten()
-        flat = b.reshape(v, n * s, o)
+        flat = b.reshape(g, v, n * s, o)
         out = (flat @ flat.mT) * (index[:, None] == index[None, :]).to(b.dtype)
-        return out.reshape(v, n, s, n, s).sum((2, 4))
+        return out.reshape(g, v, n, s, n, s).sum((3, 5))
     g, n, s, i = a.shape
     v, o = b.shape[1], b.shape[-1]
     if n * s * s * (i + o) < o * i * (s + n):
         flat_a, flat_b = a.reshape(g, 1, n * s, i), b.reshape(g, v, n * s, o)
         out = (flat_a @ flat_a.mT) * (flat_b @ flat_b.mT)
-        return out.reshape(g, v, n, s, n, s).sum((0, 3, 5))
-    G = per_sample(a, b).flatten(2)
-    return G @ G.mT
+        return out if s == 1 else out.reshape(g, v, n, s, n, s).sum((3, 5))
+    return dots_of(per_sample(a, b))
+
+
+def dots_of(G: Tensor) -> Tensor:
+    """Return ``sum_oi G[v,n,g,o,i] G[v,m,g,o,i]`` as ``[g,v,n,m]``."""
+    rows = G.permute(2, 0, 1, 3, 4).flatten(3)
+    return rows @ rows.mT
 
 
 def _token_rows(a: OneHot, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,6 @@ This package knows no ``torch.nn.Module``: it holds Kronecker products (and sums
 with the map between a parameter's axes and the matrix they act on.
 """
 
-from curvature.kronecker import Axes, Kronecker, KroneckerSum
+from curvature.kronecker import BIAS, MATRIX, Axes, Kronecker, KroneckerSum
 
-__all__ = ["Axes", "Kronecker", "KroneckerSum"]
+__all__ = ["BIAS", "MATRIX", "Axes", "Kronecker", "KroneckerSum"]

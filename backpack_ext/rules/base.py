@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from curvature import Axes
+from curvature import BIAS, MATRIX, Axes
 
 if TYPE_CHECKING:
     from backpack_ext.normal import OneHot
     from backpack_ext.site import Site
-
-
-MATRIX = Axes("o i -> 1 o i")
-BIAS = Axes("o -> 1 o 1")
 
 
 class Rule(ABC):
