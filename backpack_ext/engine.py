@@ -346,6 +346,8 @@ class BackwardPass(Receiver):
         self._flush_small(extensions, pending)
         for sites, gs in pending.take_shared():
             self._absorb(extensions, [(sites, gs)])
+        for ext in extensions:
+            ext.settle(self.stores[ext])
 
     def _flush_small(self, extensions, pending: Pending) -> None:
         for layers in pending.take_small():

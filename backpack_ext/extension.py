@@ -166,6 +166,9 @@ class Extension(BackpropExtension):
         for unit in units:
             self.absorb(store, unit)
 
+    def settle(self, store: dict) -> None:
+        """React to the end of a chunk of columns: every layer has brought its vectors."""
+
     @abstractmethod
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Any]]:
         """Turn a store into results.

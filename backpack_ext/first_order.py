@@ -88,11 +88,8 @@ class PerSample(Extension):
         """Whether live calls of other layers use the parameter."""
         return unit.sites[0].uses_of(p) > len(unit.sites)
 
-    def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return the sums, after evaluating what waited for other roles."""
-        return [(entry.parameter, entry.value) for entry in self._closed(store)]
-
-    def _closed(self, store: dict) -> list[_Entry]:
+    def settle(self, store: dict) -> None:
+        """Evaluate what waited for other roles: all of them have brought their vectors."""
         for entry in store.values():
             if entry.grads is not None:
                 v, n = entry.grads.shape[:2]
@@ -102,11 +99,14 @@ class PerSample(Extension):
                 else:
                     entry.add(value[0])
                 entry.grads = None
-        return list(store.values())
+
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the sums."""
+        return [(entry.parameter, entry.value) for entry in store.values()]
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add (or concatenate along n) the results of a batch, put on the total's scale."""
-        for entry in self._closed(store):
+        for entry in store.values():
             other = total.setdefault(id(entry.parameter), _Entry(entry.parameter, 0))
             value = self.rescaled(entry.value, weight)
             other.value = value if other.value is None else self.join(other.value, value)
@@ -321,7 +321,7 @@ class Variance(PerSample):
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Subtract the squared mean from the mean square."""
         results = []
-        for entry in self._closed(store):
+        for entry in store.values():
             mean, square = entry.value / entry.batch
             results.append((entry.parameter, square - mean**2))
         return results

@@ -16,7 +16,7 @@ from benchmarks.rows import ROWS, Row
 from benchmarks.suite import Settings, measure
 
 # Seconds of rounds per problem, and the smallest and largest number of rounds.
-LENGTHS = {"quick": (1.0, (1, 3)), "default": (12.0, (3, 100)), "full": (90.0, (10, 300))}
+LENGTHS = {"quick": (1.0, (1, 3)), "default": (15.0, (3, 15)), "full": (90.0, (10, 100))}
 RESULTS = Path(__file__).parent / "results"
 
 

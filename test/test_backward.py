@@ -580,3 +580,41 @@ def test_the_layout_is_checked_once(data, monkeypatch):
         with backpack(KFAC()):
             loss_fn(model(data[0][:rows]), data[1][:rows]).backward()
     assert len(passes) == 1
+
+
+@pytest.mark.parametrize("columns", [1, 3, 7])
+def test_columns_in_chunks(columns, monkeypatch):
+    """Results do not depend on how many columns travel at once, tied parameters included."""
+    from models import CASES
+
+    from backpack_ext import sweep
+
+    for name in ("char_gpt", "functional", "in_place_tokens", "cnn"):
+        problem = CASES[name]()
+        extend(problem.model), extend(problem.loss_fn)
+        found = []
+        for limit in (sweep.MAX_BYTES, None):
+            if limit is None:
+                with torch.no_grad():
+                    calls = []
+                    hooks = [
+                        m.register_forward_hook(lambda m, a, out: calls.append(out.numel()))
+                        for m in problem.model.modules()
+                        if list(m.parameters(recurse=False))
+                    ]
+                    problem.forward()
+                    for hook in hooks:
+                        hook.remove()
+                monkeypatch.setattr(sweep, "MAX_BYTES", 8 * sum(calls) * columns)
+            with backpack(DiagGGN(), KFAC(fisher="exact"), KFAC("reduce", "exact", savefield="r")):
+                problem.loss().backward()
+            found.append(
+                {
+                    (n, f): v if torch.is_tensor(v) else v.to_dense()
+                    for n, p in problem.model.named_parameters()
+                    for f in ("diag_ggn_exact", "kfac", "r")
+                    for v in [getattr(p, f)]
+                }
+            )
+            monkeypatch.undo()
+        same(*found)

@@ -34,8 +34,8 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def extensions() -> list:
     first_order = (BatchGrad, BatchL2Grad, BatchDotGrad, SumGradSquared, Variance, DiagGGN)
-    kfacs = [KFAC(how, "exact", savefield=how) for how in APPROX]
-    joint = [KFAC(how, "exact", bias="joint", savefield=f"{how}_joint") for how in APPROX]
+    kfacs = [KFAC(how, "exact", savefield=f"kfac_{how}") for how in APPROX]
+    joint = [KFAC(how, "exact", bias="joint", savefield=f"kfac_{how}_joint") for how in APPROX]
     return [*(ext() for ext in first_order), *kfacs, *joint]
 
 
