@@ -136,8 +136,8 @@ def test_separate_bias_block_of_reduce_is_exact(name: str, reduction: str):
     extend(problem.model), extend(problem.loss_fn)
     inexact = 0
     with backpack(
-        KFAC("reduce", "exact", savefield="reduce", unsupported="skip"),
-        KFAC("expand", "exact", savefield="expand", unsupported="skip"),
+        KFAC("reduce", "exact", savefield="kfac_reduce", unsupported="skip"),
+        KFAC("expand", "exact", savefield="kfac_expand", unsupported="skip"),
     ):
         problem.loss().backward()
     for path, module in problem.model.named_modules():
@@ -146,7 +146,7 @@ def test_separate_bias_block_of_reduce_is_exact(name: str, reduction: str):
         block = exact[f"{path}.bias"]
         group = torch.arange(len(block)) // (len(block) // getattr(module, "groups", 1))
         block = block * (group[:, None] == group)
-        assert (module.bias.reduce.to_dense() - block).norm() <= 1e-12 * block.norm()
-        inexact += (module.bias.expand.to_dense() - block).norm() > 1e-3 * block.norm()
+        assert (module.bias.kfac_reduce.to_dense() - block).norm() <= 1e-12 * block.norm()
+        inexact += (module.bias.kfac_expand.to_dense() - block).norm() > 1e-3 * block.norm()
     shared = not name.startswith("mlp")
     assert (inexact > 0) == shared

@@ -183,14 +183,14 @@ def test_curvature_of_the_whole_loss(name: str, reduction: str):
         layer.bias.zero_()
     x = z.detach().reshape(-1, N, o) if batch_axis else z.detach().reshape(N, -1, o)
     extend(loss_fn, batch_axis=batch_axis)
-    with backpack(DiagGGN(), *(KFAC(how, "exact", savefield=f"kfac_{how}") for how in ("expand", "reduce"))):
+    with backpack(DiagGGN(), KFAC("expand", "exact", savefield="rows"), KFAC("reduce", "exact")):
         loss_fn(layer(x).reshape(z.shape), y).backward()
     H = torch.stack([H[n, :, n] for n in range(N)]).unflatten(2, (-1, o)).unflatten(1, (-1, o))
     reduced, expanded = torch.einsum("nsotp->op", H), torch.einsum("nsosp->op", H)
     close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-14)
     close(layer.bias.diag_ggn_exact, reduced.diagonal())
-    close(layer.bias.reduce.to_dense(), reduced)
-    close(layer.bias.expand.to_dense(), expanded)
+    close(layer.bias.kfac.to_dense(), reduced)
+    close(layer.bias.rows.to_dense(), expanded)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
