@@ -51,7 +51,8 @@ class Extension(BackpropExtension):
             does not disturb the global generator.
 
     Raises:
-        ValueError: If ``unsupported`` is none of the three.
+        ValueError: If ``unsupported`` is none of the three, or ``savefield`` names an attribute that
+            parameters have.
     """
 
     vectors: Vectors
@@ -68,6 +69,8 @@ class Extension(BackpropExtension):
     ):
         if unsupported not in UNSUPPORTED:
             raise ValueError(f"unsupported={unsupported!r}: expected one of {UNSUPPORTED}.")
+        if hasattr(nn.Parameter, savefield):
+            raise ValueError(f"savefield={savefield!r} would hide an attribute of every Parameter.")
         super().__init__(savefield, module_exts={}, fail_mode=FAIL_SILENT)
         self.unsupported = unsupported
         self._rules: dict[type[nn.Module], Rule] = {}

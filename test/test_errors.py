@@ -54,6 +54,7 @@ def test_class_instead_of_instance():
         (lambda: DiagGGN("empirical"), "expected one of"),
         (lambda: DiagGGN(mc_samples=1.5), "expected a positive integer"),
         (lambda: BatchGrad(unsupported="ignore"), "expected one of"),
+        (lambda: KFAC(savefield="expand"), "would hide an attribute"),
         (lambda: backpack(KFAC(), KFAC("reduce")), "Give one of them another `savefield`"),
         (lambda: extend(nn.Linear(2, 2), batch_axis={"nowhere": 1}), "no such modules"),
         (lambda: extend(nn.MSELoss(), batch_axis=2), "0 or 1"),

@@ -1,11 +1,12 @@
 """Hyper-parameters and input layouts of each layer family, one layer and a squared error each."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from models import Problem
-from oracle import ggn_diag, kfac_factors, kronecker_block, per_sample_grads
+from oracle import LAYERS, ggn_diag, kfac_factors, kronecker_block, per_sample_grads
 from torch import Tensor, nn
 
 from backpack_ext import (
@@ -40,39 +41,55 @@ def extensions() -> list:
 
 
 def check(make: Callable[[], nn.Module], x: Tensor) -> None:
-    """Compare everything about one layer on one input with the oracles."""
+    """Compare everything about a layer, or each layer of a model, on one input with the oracles."""
     torch.manual_seed(0)
-    module = make().double()
+    model = make().double()
     with torch.no_grad():
-        target = torch.randn_like(module(x))
-    problem = Problem(module, (x,), nn.MSELoss(), target)
+        target = torch.randn_like(model(x))
+    problem = Problem(model, (x,), nn.MSELoss(), target)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LAYERS)}
     grads, diag = per_sample_grads(problem), ggn_diag(problem)
-    bias = "joint" if getattr(module, "bias", None) is not None else "separate"
-    factors = {how: kfac_factors(problem, how, "", bias) for how in APPROX}
+    factors = {
+        (path, how): kfac_factors(problem, how, path, "joint" if has_bias(module) else "separate")
+        for path, module in layers.items()
+        for how in APPROX
+    }
     extend(problem.model), extend(problem.loss_fn)
     with backpack(*extensions()):
         problem.loss().backward()
-    for key, p in module.named_parameters():
-        g = grads[key]
+    for key, g in grads.items():
+        p = model.get_parameter(key)
         close(p.grad_batch, g)
         close(p.batch_l2, g.square().flatten(1).sum(1))
         close(p.batch_dot, g.flatten(1) @ g.flatten(1).T)
         close(p.sum_grad_squared, g.square().sum(0))
         close(p.variance, g.var(0, correction=0))
         close(p.diag_ggn_exact, diag[key])
-    for how, (B, A) in factors.items():
-        if isinstance(module, nn.Embedding):  # which keeps the diagonal only
-            A = A * torch.eye(len(A)).double()
-        weight = A[..., :-1, :-1] if bias == "joint" else A
-        K, joint = (getattr(module.weight, f"kfac_{how}{end}") for end in ("", "_joint"))
-        close(K.B, B)
-        close(joint.B, B)
-        close(joint.A, A if joint.A.dim() == A.dim() else A.diagonal())
-        close(K.to_dense(), kronecker_block(module, B, weight))
-        assert joint.joint == (bias == "joint") and not K.joint
-        if bias == "joint":
-            groups = B if B.dim() == 3 else B[None]
-            close(getattr(module.bias, f"kfac_{how}").to_dense(), torch.block_diag(*groups))
+    for (path, how), (B, A) in factors.items():
+        check_factors(layers[path], how, B, A)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether the layer has a bias that is trained."""
+    return getattr(module, "bias", None) is not None and module.bias.requires_grad
+
+
+def check_factors(module: nn.Module, how: str, B: Tensor, A: Tensor) -> None:
+    """Compare a layer's factors, separate and joint, with those of the oracle (joint if it can)."""
+    if isinstance(module, nn.Embedding):  # which keeps the diagonal only
+        A = A * torch.eye(len(A)).double()
+    if has_bias(module):
+        groups = B if B.dim() == 3 else B[None]
+        close(getattr(module.bias, f"kfac_{how}").to_dense(), torch.block_diag(*groups))
+    if not module.weight.requires_grad:
+        assert not hasattr(module.weight, f"kfac_{how}")
+        return
+    K, joint = (getattr(module.weight, f"kfac_{how}{end}") for end in ("", "_joint"))
+    close(K.B, B)
+    close(joint.B, B)
+    close(joint.A, A if joint.A.dim() == A.dim() else A.diagonal())
+    close(K.to_dense(), kronecker_block(module, B, A[..., :-1, :-1] if has_bias(module) else A))
+    assert joint.joint == has_bias(module) and not K.joint
 
 
 # -- convolutions ----------------------------------------------------------------------------------
@@ -231,6 +248,69 @@ def test_embedding(shape: tuple[int, ...], padding_idx: int | None):
 
 def test_embedding_of_repeated_tokens():
     check(lambda: nn.Embedding(6, 3), torch.tensor([[2, 2, 2, 0], [0, 0, 1, 2], [5, 5, 5, 5]]))
+
+
+# -- layers of equal shape -------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Layers `[N, ...] -> [N, ...]` of equal shape, of which some train only a part."""
+
+    def __init__(self, layer: Callable[..., nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layer(bias=k != 2) for k in range(6))
+        self.layers[1].bias.requires_grad_(False)
+        self.layers[4].weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Embeddings(nn.Module):
+    """Two embeddings of the same tokens, and of those tokens in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Embedding(5, 3), nn.Embedding(5, 3, padding_idx=1)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.one(index) * self.two(index.flip(1))
+
+
+STACKS = {
+    "linear": (lambda: Stack(partial(nn.Linear, 3, 3)), (3,)),
+    "linear on tokens": (lambda: Stack(partial(nn.Linear, 3, 3)), (4, 3)),
+    "conv": (lambda: Stack(partial(nn.Conv1d, 3, 3, 3, padding=1)), (3, 4)),
+    "grouped conv": (lambda: Stack(partial(nn.Conv1d, 6, 6, 3, padding=1, groups=3)), (6, 4)),
+    "grouped conv transpose": (
+        lambda: Stack(partial(nn.ConvTranspose1d, 4, 4, 3, padding=1, groups=2)),
+        (4, 3),
+    ),
+    "embedding": (Embeddings, None),
+}
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("backpack_ext.engine.Pending.SMALL", 2**14),
+        ("backpack_ext.engine.Pending.SMALL", 0),
+        ("backpack_ext.engine.Pending.LIMIT", 0),
+        ("backpack_ext.engine.Pending.LIMIT", 100),
+        ("backpack_ext.sweep.MAX_BYTES", 1),
+        ("backpack_ext.sweep.MAX_BYTES", 3000),
+    ],
+)
+@pytest.mark.parametrize("name", STACKS)
+def test_layers_of_equal_shape(name: str, setting: str, value: int, monkeypatch: pytest.MonkeyPatch):
+    """They share products where they are small, whatever waits and however columns are cut."""
+    make, shape = STACKS[name]
+    monkeypatch.setattr(setting, value)
+    torch.manual_seed(1)
+    x = torch.randint(5, (N, 4)) if shape is None else torch.randn(N, *shape).double()
+    check(make, x)
 
 
 # -- sequence-first --------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_average_is_exact_and_the_variance_falls(name: str):
 
 
 def terms(p: nn.Parameter, how: str) -> tuple:
-    K = getattr(p, f"kfac_{how}", ())
+    K = getattr(p, f"kfac_{how}")
     return getattr(K, "terms", (K,))
 
 
@@ -236,7 +236,7 @@ def test_samples_of_one_pass_or_of_several():
 def test_private_generators():
     """By default each extension has its own: other samples, and nobody else's are disturbed."""
     problem = extended(CASES["mlp"])
-    exts = [KFAC(savefield="one"), KFAC(savefield="two"), DiagGGN("mc"), KFAC("reduce")]
+    exts = [KFAC(mc_samples=5, savefield=name) for name in ("one", "two")] + [DiagGGN("mc"), KFAC()]
     state = torch.get_rng_state()
     found = results(problem, *exts)
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,14 @@
+"""Symmetric products by panels."""
+
+import pytest
+import torch
+
+from backpack_ext.normal import gram
+
+
+@pytest.mark.parametrize(("g", "r", "i"), [(1, 7, 641), (1, 1024, 300), (1, 5, 3), (3, 4, 6)])
+def test_gram(g, r, i):
+    x = torch.randn(g, r, i, dtype=torch.float64)
+    expected = 0.3 * torch.einsum("gri,grj->gij", x, x)
+    torch.testing.assert_close(gram(x, 0.3), expected)
+    assert torch.equal(gram(x), gram(x).mT) or g * r * i < 10**5
