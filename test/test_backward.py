@@ -598,7 +598,7 @@ def test_columns_in_chunks(columns, monkeypatch):
                 with torch.no_grad():
                     calls = []
                     hooks = [
-                        m.register_forward_hook(lambda m, a, out: calls.append(out.numel()))
+                        m.register_forward_hook(lambda m, a, out, c=calls: c.append(out.numel()))
                         for m in problem.model.modules()
                         if list(m.parameters(recurse=False))
                     ]
