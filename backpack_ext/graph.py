@@ -51,8 +51,13 @@ class Reach:
     nodes: Collection[Node] = ()
 
 
+# Types of nodes that were tagged: reading the metadata of a node makes a dict for it.
+_tagged: set[type] = set()
+
+
 def tag(node: Node, site: Site) -> None:
     """Mark a node as the producer of a Site's output."""
+    _tagged.add(type(node))
     node.metadata.setdefault(TAG, []).append(site)
 
 
@@ -96,7 +101,7 @@ def walk(start: Node) -> Reach:
                     consumers[child].append((node, index))
                     if node.name() in _SUMS or node.name() in _RESHAPES:
                         consumers.setdefault(node, [])
-        sites = node.metadata.get(TAG)
+        sites = node.metadata.get(TAG) if type(node) in _tagged else None
         if sites:
             for site in sites:
                 edge = GradientEdge(node, site.output_nr)

@@ -16,7 +16,7 @@ from benchmarks.rows import ROWS, Row
 from benchmarks.suite import Settings, measure
 
 # Seconds of rounds per problem, and the smallest and largest number of rounds.
-LENGTHS = {"quick": (1.0, (1, 3)), "default": (15.0, (3, 15)), "full": (90.0, (10, 100))}
+LENGTHS = {"quick": (1.0, (1, 3)), "default": (10.0, (3, 15)), "full": (90.0, (10, 100))}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,8 +24,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_const", dest="length", const="quick")
-    length.add_argument("--full", action="store_const", dest="length", const="full")
+    length.add_argument(
+        "--quick", action="store_const", dest="length", const="quick", help="seconds per model"
+    )
+    length.add_argument(
+        "--full", action="store_const", dest="length", const="full", help="minutes per model"
+    )
     parser.set_defaults(length="default")
     parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name has a TEXT")
@@ -75,7 +79,11 @@ def _run(args: argparse.Namespace) -> dict:
 
 def _rows(texts: list[str] | None) -> list[Row]:
     """Return the rows whose names contain one of the texts; all of them without texts."""
-    return [row for row in ROWS if not texts or any(t.lower() in row.name.lower() for t in texts)]
+    rows = [row for row in ROWS if not texts or any(t.lower() in row.name.lower() for t in texts)]
+    if not rows:
+        names = ", ".join(row.name for row in ROWS)
+        raise SystemExit(f"--rows {' '.join(texts)}: no row has that in its name. There are: {names}.")
+    return rows
 
 
 @contextmanager

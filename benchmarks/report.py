@@ -54,10 +54,7 @@ _HEAD = ("time / plain", "ours", "BackPACK", "floor", "| memory: ours", "BackPAC
 def text(result: dict) -> str:
     """Return one problem's table: medians with quartiles, and memory."""
     plain, mib = _spread(result["plain_ms"]), result["plain_mib"]
-    title = (
-        f"{result['title']} ({result['about']}): plain step {plain} ms, {mib:.4g} MiB, "
-        f"{result['rounds']} rounds"
-    )
+    title = f"{result['about']}: plain step {plain} ms, {mib:.4g} MiB, {result['rounds']} rounds"
     if result["plain_ms"][2] > DISTURBED * result["plain_ms"][0]:
         title += "\nDISTURBED: the plain step's time varies; are other processes running?"
     cells = [_HEAD, *(_text_row(row) for row in result["rows"])]

@@ -43,9 +43,10 @@ class Variant:
         del kept
         return seconds
 
-    def warm_up(self, sync: Callable[[], None], steps: int = 2) -> None:
-        """Run some steps, so that lazy initialisation is over."""
-        for _ in range(steps):
+    def warm_up(self, sync: Callable[[], None]) -> None:
+        """Run a step, so that lazy initialisation is over; a second one where that is cheap."""
+        self.seconds = self.time(sync)
+        if self.seconds < 10 * SHORT:
             self.seconds = self.time(sync)
         self.clear()
 
