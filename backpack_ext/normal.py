@@ -89,8 +89,12 @@ def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:
         return G.scatter_add_(2, index, b).transpose(2, 3).unsqueeze(2)
     if a.shape[2] == 1:
         G = b.squeeze(3).unsqueeze(-1) * a[:, None, :, 0, None, :]
-    else:
-        G = b.mT @ a[:, None]
+    elif b.shape[1] == 1:
+        G = (b[:, 0].mT @ a).unsqueeze(1)
+    else:  # all vectors of a datum in one product: a broadcast over v would copy a
+        g, v, n, s, o = b.shape
+        G = b.permute(0, 2, 1, 4, 3).reshape(g, n, v * o, s) @ a
+        G = G.unflatten(2, (v, o)).transpose(1, 2)
     return G.permute(1, 2, 0, 3, 4)
 
 

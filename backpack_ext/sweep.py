@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ Deliver = Callable[[Site, Tensor], None]
 
 # Memory for the cotangents of one chunk of columns, in bytes.
 MAX_BYTES = 2**28
+
+# Entries of all cotangents of one column up to which columns are vectorised: overhead dominates.
+# Larger ones are looped over, which measured no slower (batching rules copy).
+SMALL = 2**18
 
 
 class Receiver:
@@ -104,8 +109,8 @@ def sweep(
 ) -> None:
     """Send columns from the loss's input to all Sites behind it.
 
-    One column streams: each Site's hook consumes its vector and lets it go. Several columns are
-    vectorised in chunks that fit into `MAX_BYTES`.
+    One column streams: each Site's tap consumes its vector and lets it go. Several columns are
+    gathered in chunks that fit into `MAX_BYTES`, vectorised where they are small.
 
     Args:
         start: Edge of the loss's input.
@@ -124,12 +129,13 @@ def sweep(
         stream(start, reach, columns(0, 1)[0], deliver)
         chunk_done()
         return
-    with SuspendBackpack():
-        per_column = sum(site.out_shape.numel() for site in reach.sites) * 8
-        chunk = max(1, min(count, MAX_BYTES // max(per_column, 1)))
-        for a in range(0, count, chunk):
-            _vectorised(start, reach, columns(a, min(a + chunk, count)), deliver)
-            chunk_done()
+    per_column = sum(site.out_shape.numel() for site in reach.sites)
+    chunk = max(1, min(count, MAX_BYTES // (8 * per_column)))
+    for a in range(0, count, chunk):
+        with SuspendBackpack():
+            seeds = columns(a, min(a + chunk, count))
+            _chunk(start, reach, seeds, deliver, per_column <= SMALL)
+        chunk_done()
 
 
 def stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) -> None:
@@ -154,18 +160,13 @@ def stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) ->
     _check_all(reach, receiver)
 
 
-def _vectorised(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver) -> None:
-    places = [(site, capture) for site, cs in reach.sites.items() for capture in cs]
+def _chunk(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver, small: bool) -> None:
+    """Send several columns, and hand each Site all of its vectors at once."""
+    places = [(site, capture) for site, captures in reach.sites.items() for capture in captures]
+    edges = [capture.edge for _, capture in places]
     outer, Receiver.active = Receiver.active, Receiver({})  # taps are to be silent
     try:
-        vectors = torch.autograd.grad(
-            [start],
-            [capture.edge for _, capture in places],
-            [seeds],
-            retain_graph=True,
-            is_grads_batched=True,
-            allow_unused=True,
-        )
+        vectors = _vectorised(start, edges, seeds) if small else _looped(start, edges, seeds)
     finally:
         Receiver.active = outer
     receiver = _SweepReceiver(reach.sites, deliver)
@@ -173,6 +174,26 @@ def _vectorised(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliv
         if g is not None:
             receiver.receive(site, capture.factor, g)
     _check_all(reach, receiver)
+
+
+def _vectorised(start: GradientEdge, edges: list[GradientEdge], seeds: Tensor) -> Sequence:
+    try:
+        with warnings.catch_warnings():
+            # torch loops over the columns by itself where an operation has no batching rule
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return torch.autograd.grad(
+                [start], edges, [seeds], retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
+    except RuntimeError:  # a custom autograd.Function that cannot be vectorised, for instance
+        return _looped(start, edges, seeds)
+
+
+def _looped(start: GradientEdge, edges: list[GradientEdge], seeds: Tensor) -> Sequence:
+    columns = [
+        torch.autograd.grad([start], edges, [seed], retain_graph=True, allow_unused=True)
+        for seed in seeds
+    ]
+    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*columns, strict=True)]
 
 
 def _check_all(reach: Reach, receiver: Receiver) -> None:

@@ -618,3 +618,47 @@ def test_columns_in_chunks(columns, monkeypatch):
             )
             monkeypatch.undo()
         same(*found)
+
+
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_columns_vectorised_or_looped(small, monkeypatch, data, recwarn):
+    from models import CASES
+
+    from backpack_ext import sweep
+
+    monkeypatch.setattr(sweep, "SMALL", small)
+    problem = CASES["vit"]()
+    extend(problem.model), extend(problem.loss_fn)
+    with backpack(DiagGGN()):
+        problem.loss().backward()
+    monkeypatch.setattr(sweep, "SMALL", 2**18 - small)
+    one = {n: p.diag_ggn_exact for n, p in problem.model.named_parameters()}
+    with backpack(DiagGGN()):
+        problem.loss().backward()
+    for n, p in problem.model.named_parameters():
+        torch.testing.assert_close(p.diag_ggn_exact, one[n])
+    assert not recwarn.list
+
+
+def test_custom_function_that_cannot_be_vectorised(data):
+    class Numpy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.from_numpy(2 * g.numpy())
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return Numpy.apply(x)
+
+    layers = mlp()
+    model, loss_fn = extend(nn.Sequential(layers[0], Twice(), layers[2])), extend(nn.MSELoss())
+    x, y = data[0], torch.randn(6, 3)
+    with backpack(DiagGGN()):
+        loss_fn(model(x), y).backward()
+    J = layers[2].weight.detach() * 2
+    expected = (2 / 18) * J.square().sum(0)[:, None] * x.square().sum(0)
+    torch.testing.assert_close(layers[0].weight.diag_ggn_exact, expected)
