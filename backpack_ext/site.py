@@ -183,7 +183,7 @@ class Site:
     def release(self) -> None:
         """Let go of the input; the Site no longer counts as a use of its parameters."""
         self.x = None
-        if self._live:
+        if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
             for p in self.parameters.values():
                 key = id(p)

@@ -51,7 +51,7 @@ class Receiver:
         """Take what arrived at one place, ``[v, *shape]``."""
         if factor != 1:
             g = factor * g
-        if not site.broadcast and g.shape[1:] != site.out_shape:
+        if g.shape[1:] != site.out_shape and not site.broadcast and site.error is None:
             g = g.reshape(len(g), *site.out_shape)  # from the base of which the output is a view
         places = len(self.sites[site])
         if places > 1:

@@ -662,3 +662,25 @@ def test_custom_function_that_cannot_be_vectorised(data):
     J = layers[2].weight.detach() * 2
     expected = (2 / 18) * J.square().sum(0)[:, None] * x.square().sum(0)
     torch.testing.assert_close(layers[0].weight.diag_ggn_exact, expected)
+
+
+def test_activation_checkpointing(data):
+    """Without reentry the recomputed forward changes nothing; with reentry torch refuses sweeps."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.first, self.net, self.reentrant = nn.Linear(4, 4), mlp(), reentrant
+
+        def forward(self, x):
+            z = torch.tanh(self.first(x))
+            if self.reentrant is None:
+                return self.net(z)
+            return checkpoint(self.net, z, use_reentrant=self.reentrant)
+
+    plain, lean, old = Checkpointed(None), Checkpointed(False), Checkpointed(True)
+    lean.load_state_dict(plain.state_dict())
+    same(run(plain, nn.CrossEntropyLoss(), *data), run(lean, nn.CrossEntropyLoss(), *data))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        run(old, nn.CrossEntropyLoss(), *data)

@@ -292,3 +292,21 @@ def test_scale_grad_by_freq():
     loss_fn = extend(nn.MSELoss())
     with pytest.raises(UnsupportedError, match="scale_grad_by_freq"), backpack(BatchGrad()):
         loss_fn(model(torch.tensor([0, 1, 1])), torch.zeros(3, 3)).backward()
+
+
+class Sliced(nn.Linear):
+    """Returns a view of a part of what it computed."""
+
+    def forward(self, x):
+        return super().forward(x)[..., :-1]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_output_that_is_a_view_of_a_part(inplace):
+    model = extend(nn.Sequential(Sliced(4, 6), nn.ReLU(inplace=inplace), nn.Linear(5, 3)))
+    loss_fn, x, y = extend(nn.CrossEntropyLoss()), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    with pytest.raises(UnsupportedError, match=r"does not cover its base.*clone"), backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    with backpack(BatchGrad(unsupported="skip"), KFAC(unsupported="skip")):
+        loss_fn(model(x), y).backward()
+    assert hasattr(model[2].weight, "kfac") and not hasattr(model[0].weight, "kfac")
