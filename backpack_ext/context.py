@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import backpack as _backpack
 from backpack.context import CTX
+from backpack.utils.hooks import no_op
 from torch import nn
 
 from backpack_ext.extension import Extension
@@ -118,11 +119,33 @@ class SuspendBackpack:
 
     def __enter__(self) -> None:
         self._saved = (CTX.active_exts, CTX.extension_hook, CTX.retain_graph)
-        CTX.active_exts, CTX.extension_hook, CTX.retain_graph = (), _no_op, True
+        CTX.active_exts, CTX.extension_hook, CTX.retain_graph = (), no_op, True
 
     def __exit__(self, *exc) -> None:
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = self._saved
 
 
-def _no_op(module: nn.Module) -> None:
-    pass
+class CollectingHook:
+    """Stands in for the user's ``extension_hook`` until all quantities are published.
+
+    BackPACK calls the hook for each module as its own extensions pass by; ours are there only at
+    the end of the backward pass, and the user's hook is to run once per module.
+    """
+
+    def __init__(self):
+        users = CTX.extension_hook
+        while isinstance(users, CollectingHook):  # left behind by a pass that raised
+            users = users.users
+        self.users = users
+        self.wanted = users is not no_op
+        self.modules: dict[nn.Module, None] = {}
+        CTX.extension_hook = self
+
+    def __call__(self, module: nn.Module) -> None:
+        """Note a module that the user's hook is owed to."""
+        self.modules.setdefault(module)
+
+    def remove(self) -> dict[nn.Module, None]:
+        """Put the user's hook back; return the modules it is owed to."""
+        CTX.extension_hook = self.users
+        return self.modules

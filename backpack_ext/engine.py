@@ -19,12 +19,12 @@ from math import sqrt
 
 import torch
 from backpack.context import CTX
-from backpack.utils.hooks import no_op
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.context import (
+    CollectingHook,
     active_extensions,
     check_savefields,
     loss_multiplier,
@@ -36,6 +36,7 @@ from backpack_ext.extension import Extension
 from backpack_ext.graph import Reach, walk
 from backpack_ext.layout import check_layout
 from backpack_ext.losses import Layout, LossCall
+from backpack_ext.pending import Pending
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
@@ -125,7 +126,7 @@ class BackwardPass(Receiver):
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
         self.pending = Pending()
         self.handles: list = []
-        self.hook = _CollectingHook()
+        self.hook = CollectingHook()
 
     # ------------------------------------------------------------------ events
 
@@ -386,56 +387,6 @@ class BackwardPass(Receiver):
         return stack
 
 
-class Pending:
-    """Vectors that wait for others: for further calls of a layer, or for layers of equal shape.
-
-    Small layers are joined because their cost is overhead; what waits is bounded.
-    """
-
-    SMALL = 2**14  # entries of input and output of a layer that is worth joining
-    LIMIT = 2**22  # entries that may wait
-
-    def __init__(self):
-        self.shared: list[tuple[Site, Tensor]] = []
-        self.small: dict[tuple, list[tuple[list[Site], list[Tensor]]]] = {}
-        self.size = 0
-
-    def add_small(self, site: Site, g: Tensor) -> bool:
-        """Have a layer's vectors wait for those of layers like it, if the layer is small."""
-        x = site.x
-        if x is None:
-            return False
-        size = g.numel() + x.numel()
-        if size > self.SMALL:
-            return False
-        shapes = [p.shape for p in site.parameters.values()]
-        key = (type(site.module), site.rule, x.shape, x.dtype, g.shape, g.dtype, site.broadcast)
-        self.small.setdefault((*key, *shapes, *site.parameters), []).append(([site], [g]))
-        self.size += size
-        return True
-
-    @property
-    def full(self) -> bool:
-        """Whether enough small layers wait."""
-        return self.size > self.LIMIT
-
-    def take_small(self):
-        """Return the waiting small layers, those of equal shape together, and forget them."""
-        groups, self.small, self.size = list(self.small.values()), {}, 0
-        return groups
-
-    def take_shared(self):
-        """Return the waiting calls, those of one layer together, and forget them."""
-        layers: dict[tuple, tuple[list[Site], list[Tensor]]] = {}
-        for site, g in self.shared:
-            roles = (*site.parameters, *map(id, site.parameters.values()))
-            sites, gs = layers.setdefault((site.rule, *roles), ([], []))
-            sites.append(site)
-            gs.append(g)
-        self.shared = []
-        return list(layers.values())
-
-
 _NOTHING = nullcontext()
 
 
@@ -463,28 +414,3 @@ def _check_columns(ext: Extension, count: int) -> None:
             f'positions), more than max_columns={ext.max_columns}. Use fisher="mc", or raise '
             "max_columns if you can wait."
         )
-
-
-class _CollectingHook:
-    """Stands in for the user's ``extension_hook`` until all quantities are published.
-
-    BackPACK calls the hook for each module as its own extensions pass by; ours are there only at
-    the end of the backward pass, and the user's hook is to run once per module.
-    """
-
-    def __init__(self):
-        users = CTX.extension_hook
-        while isinstance(users, _CollectingHook):  # left behind by a pass that raised
-            users = users.users
-        self.users = users
-        self.wanted = users is not no_op
-        self.modules: dict[nn.Module, None] = {}
-        CTX.extension_hook = self
-
-    def __call__(self, module: nn.Module) -> None:
-        self.modules.setdefault(module)
-
-    def remove(self) -> dict[nn.Module, None]:
-        """Put the user's hook back; return the modules it is owed to."""
-        CTX.extension_hook = self.users
-        return self.modules

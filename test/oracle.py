@@ -324,3 +324,9 @@ def kronecker_block(module: nn.Module, B: Tensor, A: Tensor) -> Tensor:
     for index, b, a in zip(place.flatten(1), B, A, strict=True):
         block[index[:, None], index] = torch.kron(b, a)
     return block
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Compare in the scale of the largest expected entry."""
+    scale = expected.abs().max().clamp_min(1e-100).item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)

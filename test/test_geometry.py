@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from models import Problem
-from oracle import LAYERS, ggn_diag, kfac_factors, kronecker_block, per_sample_grads
+from oracle import LAYERS, close, ggn_diag, kfac_factors, kronecker_block, per_sample_grads
 from torch import Tensor, nn
 
 from backpack_ext import (
@@ -26,11 +26,6 @@ from backpack_ext.normal import OneHot
 
 N = 3
 APPROX = ("expand", "reduce")
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    scale = expected.abs().max().clamp_min(1e-100).item()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * scale)
 
 
 def extensions() -> list:
@@ -295,10 +290,10 @@ STACKS = {
 @pytest.mark.parametrize(
     "setting, value",
     [
-        ("backpack_ext.engine.Pending.SMALL", 2**14),
-        ("backpack_ext.engine.Pending.SMALL", 0),
-        ("backpack_ext.engine.Pending.LIMIT", 0),
-        ("backpack_ext.engine.Pending.LIMIT", 100),
+        ("backpack_ext.pending.Pending.SMALL", 2**14),
+        ("backpack_ext.pending.Pending.SMALL", 0),
+        ("backpack_ext.pending.Pending.LIMIT", 0),
+        ("backpack_ext.pending.Pending.LIMIT", 100),
         ("backpack_ext.sweep.MAX_BYTES", 1),
         ("backpack_ext.sweep.MAX_BYTES", 3000),
     ],

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import CASES, Problem
-from oracle import LAYERS, jacobian, loss_scale, normal_form
+from oracle import LAYERS, close, jacobian, loss_scale, normal_form
 from test_losses import LOSSES, build, by_datum, hessian
 from torch import Tensor, nn
 
@@ -22,11 +22,6 @@ APPROX = ("expand", "reduce")
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    scale = expected.abs().max().clamp_min(1e-100).item()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * scale)
 
 
 def check_mean(samples: Tensor, expected: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from models import CASES, Problem
 from oracle import (
     LAYERS,
+    close,
     ggn_diag,
     kfac_factors,
     kronecker_block,
@@ -40,11 +41,6 @@ KFACS = {
 every_case = pytest.mark.parametrize("name", CASES)
 every_reduction = pytest.mark.parametrize("reduction", ("mean", "sum"))
 every_approx = pytest.mark.parametrize("approx", APPROX)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    scale = expected.abs().max().clamp_min(1e-100).item()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * scale)
 
 
 @cache

@@ -1,0 +1,57 @@
+"""Vectors that are not handed to the extensions at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from backpack_ext.site import Site
+
+
+class Pending:
+    """Vectors that wait for others: for further calls of a layer, or for layers of equal shape.
+
+    Small layers are joined because their cost is overhead; what waits is bounded.
+    """
+
+    SMALL = 2**14  # entries of input and output of a layer that is worth joining
+    LIMIT = 2**22  # entries that may wait
+
+    def __init__(self):
+        self.shared: list[tuple[Site, Tensor]] = []
+        self.small: dict[tuple, list[tuple[list[Site], list[Tensor]]]] = {}
+        self.size = 0
+
+    def add_small(self, site: Site, g: Tensor) -> bool:
+        """Have a layer's vectors wait for those of layers like it, if the layer is small."""
+        x = site.x
+        if x is None:
+            return False
+        size = g.numel() + x.numel()
+        if size > self.SMALL:
+            return False
+        shapes = [p.shape for p in site.parameters.values()]
+        key = (type(site.module), site.rule, x.shape, x.dtype, g.shape, g.dtype, site.broadcast)
+        self.small.setdefault((*key, *shapes, *site.parameters), []).append(([site], [g]))
+        self.size += size
+        return True
+
+    @property
+    def full(self) -> bool:
+        """Whether enough small layers wait."""
+        return self.size > self.LIMIT
+
+    def take_small(self):
+        """Return the waiting small layers, those of equal shape together, and forget them."""
+        groups, self.small, self.size = list(self.small.values()), {}, 0
+        return groups
+
+    def take_shared(self):
+        """Return the waiting calls, those of one layer together, and forget them."""
+        layers: dict[tuple, tuple[list[Site], list[Tensor]]] = {}
+        for site, g in self.shared:
+            roles = (*site.parameters, *map(id, site.parameters.values()))
+            sites, gs = layers.setdefault((site.rule, *roles), ([], []))
+            sites.append(site)
+            gs.append(g)
+        self.shared = []
+        return list(layers.values())
