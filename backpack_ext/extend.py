@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,19 @@ from backpack_ext.rules.base import look_up
 from backpack_ext.site import Site, roots
 
 
-class _Forward(threading.local):
-    """The outermost extended module that is running, and the size of its batch."""
+class _Running(NamedTuple):
+    """A forward pass of an outermost extended module: its batch size, and whether it is recorded."""
 
-    root: nn.Module | None = None
-    depth = 0
-    batch: int | None = None
-    recording = False
+    module: nn.Module
+    batch: int | None
+    recording: bool
+
+
+class _Forward(threading.local):
+    """The forward passes that are running, outermost first; nearly always one or none."""
+
+    def __init__(self):
+        self.stack: list[_Running] = []
 
 
 _forward = _Forward()
@@ -76,7 +83,7 @@ def extend(
             LossHook(axis).attach(sub)
             continue
         if sub is module or any(True for _ in sub.children()):
-            RootHook(axis).attach(sub)
+            RootHook(axis, sub is module).attach(sub)
         if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
             SiteHook(path, axis, check_layout).attach(sub)
     return module
@@ -125,10 +132,16 @@ class Hook:
 
 
 class RootHook(Hook):
-    """Notes the batch size when a forward pass enters its outermost extended module."""
+    """Notes the batch size when a forward pass enters its outermost extended module.
 
-    def __init__(self, batch_axis: int):
-        self.batch_axis = batch_axis
+    Args:
+        batch_axis: Axis that counts the data in the module's input.
+        top: Whether `extend` was called on this module itself; it begins a pass of its own wherever
+            it is called. Other containers do so only when they are called on their own.
+    """
+
+    def __init__(self, batch_axis: int, top: bool):
+        self.batch_axis, self.top = batch_axis, top
 
     def attach(self, module: nn.Module) -> None:
         """Register before and after the module's forward; after also when it raises."""
@@ -138,25 +151,26 @@ class RootHook(Hook):
         ]
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Begin a forward pass, unless one is running."""
-        if _forward.root is None:
-            _forward.root, _forward.depth = module, 1
-            _forward.batch = _batch_size((args, kwargs), self.batch_axis)
-            _forward.recording = recording()
+        """Begin a forward pass, unless the module is a part of one that is running."""
+        stack = _forward.stack
+        for k, running in enumerate(stack):
+            if running.module is module:  # left behind by a pass that was interrupted
+                del stack[k:]
+                break
+        if self.top or not stack:
+            batch = _batch_size((args, kwargs), self.batch_axis)
+            stack.append(_Running(module, batch, recording()))
             roots.add(module)
-        elif _forward.root is module:
-            _forward.depth += 1
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:
         """End it."""
-        if _forward.root is module:
-            _forward.depth -= 1
-            if not _forward.depth:
-                _forward.root = _forward.batch = None
-                if torch.is_grad_enabled() and recording():
-                    for t in _tensors(output):
-                        if t.grad_fn is not None:
-                            (t._base if _has_graph_base(t) else t).register_hook(on_model_output)
+        stack = _forward.stack
+        if not stack or stack[-1].module is not module:
+            return
+        if stack.pop().recording and torch.is_grad_enabled():
+            for t in _tensors(output):
+                if t.grad_fn is not None:
+                    (t._base if _has_graph_base(t) else t).register_hook(on_model_output)
 
 
 class SiteHook(Hook):
@@ -171,9 +185,9 @@ class SiteHook(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Record the call, if its parameters are trained and something may ask for it."""
         rule, recorded = look_up(type(module))
-        root = _forward.root
-        wanted = recording() if root is None else _forward.recording
-        if not (recorded and wanted and isinstance(output, Tensor) and output.requires_grad):
+        running = _forward.stack[-1] if _forward.stack else None
+        wanted = recording() if running is None else running.recording
+        if not (recorded and wanted and isinstance(output, Tensor)) or output.grad_fn is None:
             return
         parameters = (
             rule.parameters(module)
@@ -183,7 +197,7 @@ class SiteHook(Hook):
         if not parameters or not torch.is_grad_enabled():
             return
         x = args[0] if args else next(iter(kwargs.values()))
-        batch = _forward.batch
+        batch = None if running is None else running.batch
         if batch is None:
             batch = x.shape[self.batch_axis] if x.dim() > self.batch_axis else 0
         anchor, error = anchor_of(output) if output._is_view() else (output, None)
@@ -201,7 +215,7 @@ class SiteHook(Hook):
         site.error = error
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
-        if root is None:  # a layer that was called on its own is a model
+        if running is None:  # a layer that was called on its own is a model
             anchor.register_hook(on_model_output)
 
 

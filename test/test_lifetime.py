@@ -213,3 +213,26 @@ def test_extend_is_idempotent_and_undoable():
     assert len(model[0]._forward_hooks) <= 2
     unextend(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Interrupt(nn.Module):
+    def forward(self, x):
+        raise KeyboardInterrupt
+
+
+def test_interrupted_forward():
+    """Torch runs no hooks after an interrupt; the next pass has its own batch size all the same."""
+    model, loss_fn = extend(nn.Sequential(network(), Interrupt())), extend(nn.CrossEntropyLoss())
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(2, 4))
+    other = extend(network())
+    model[1] = nn.Identity()
+    for net, weight in (
+        (other, other[0].weight),
+        (model, model[0][0].weight),
+        (model[0], model[0][0].weight),
+    ):
+        with backpack(BatchL2Grad()):
+            loss_fn(net(torch.randn(6, 4)), torch.randint(0, 3, (6,))).backward()
+        assert weight.batch_l2.shape == (6,)
