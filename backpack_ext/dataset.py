@@ -45,7 +45,8 @@ def collect(
 
     Raises:
         TypeError: If ``loss_fn`` is no module.
-        ValueError: If the loader is empty, or two extensions save to the same field.
+        ValueError: If the loader is empty, the loss has no reduction "mean" or "sum", or two
+            extensions save to the same field.
         ImportError: If ``progress`` is asked for and tqdm is missing.
 
     Example:
@@ -66,6 +67,9 @@ def collect(
             f"{loss_fn!r}. A loss that no module computes goes into `forward`, tied to one with "
             "attach_loss."
         )
+    if getattr(loss_fn, "reduction", None) not in ("mean", "sum"):
+        raise ValueError(f'collect: {loss_fn} must have reduction "mean" or "sum".')
+    mean = loss_fn.reduction == "mean"
     forward = forward or _forward
     extend(model), extend(loss_fn)
     runs = [ext.over_batches() for ext in extensions]
@@ -75,9 +79,9 @@ def collect(
 
     def take(ext: Extension, store: dict, scale: float) -> None:
         nonlocal batch_scale
-        batch_scale = scale
+        batch_scale = scale if mean else 1.0
         index = next(k for k, (run, _) in enumerate(runs) if run is ext)
-        ext.merge(totals[index], store, 1.0 / scale)
+        ext.merge(totals[index], store, 1.0 / batch_scale)
 
     gradients = [(p, p.grad) for p in model.parameters()]
     batches = 0
@@ -94,7 +98,7 @@ def collect(
             p.grad = grad
     if not batches:
         raise ValueError("collect: the loader is empty.")
-    scale = 1.0 if loss_fn.reduction == "sum" else 1.0 / terms
+    scale = 1.0 / terms if mean else 1.0
     names = {id(p): name for name, p in model.named_parameters()}
     results: dict[str, dict[str, Any]] = {}
     for ext, (run, finish), total in zip(extensions, runs, totals, strict=True):

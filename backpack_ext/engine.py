@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack_ext.check import check_layers
 from backpack_ext.context import (
     CollectingHook,
     active_extensions,
@@ -34,7 +35,6 @@ from backpack_ext.coverage import check_coverage
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Reach, walk
-from backpack_ext.layout import check_layout
 from backpack_ext.losses import Layout, LossCall
 from backpack_ext.pending import Pending
 from backpack_ext.rules.base import Rule
@@ -154,10 +154,10 @@ class BackwardPass(Receiver):
         for site in reach.sites:
             self.unscaled.pop(site, None)
         self._tap(reach)
-        if reach.sites and call.z.shape[:1].numel() % batch == 0:
-            layout = call.layout(batch)
+        if reach.sites:
+            layout = call.layout(batch) if call.z.shape[:1].numel() % batch == 0 else None
             with self._quiet(call.z.device.type):
-                check_layout(call.start, reach, layout, call.z)
+                check_layers(call.start, reach, layout, call.z)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
@@ -172,12 +172,14 @@ class BackwardPass(Receiver):
         batch = self._check_reach("the model's output", reach)
         self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
         self._tap(reach)
-        if reach.sites and grad.dim() and grad.shape[0] % batch == 0:
-            axis = next(iter(reach.sites)).batch_axis
-            layout = Layout(grad.shape, batch, min(axis, 1), None)
-            if tuple(node._input_metadata[0].shape) == tuple(grad.shape):
-                with self._quiet(grad.device.type):
-                    check_layout(GradientEdge(node, 0), reach, layout, grad)
+        # hooks on tensors know the node but not which of its outputs; only the first is checked
+        if reach.sites and tuple(node._input_metadata[0].shape) == tuple(grad.shape):
+            layout = None
+            if grad.dim() and grad.shape[0] % batch == 0:
+                axis = next(iter(reach.sites)).batch_axis
+                layout = Layout(grad.shape, batch, min(axis, 1), None)
+            with self._quiet(grad.device.type):
+                check_layers(GradientEdge(node, 0), reach, layout, grad)
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""
@@ -211,7 +213,7 @@ class BackwardPass(Receiver):
     def _check_reach(self, start: str, reach: Reach) -> int:
         """Check what a loss or output depends on; return the batch size."""
         self.nodes.append(reach.nodes)
-        batches = {site.batch: site for site in reach.sites}
+        batches = {site.batch: site for sites in (self.sites, reach.sites) for site in sites}
         if len(batches) > 1:
             found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
             raise RecordingError(
@@ -258,11 +260,11 @@ class BackwardPass(Receiver):
             )
         scale = call.scale() * c
         same = self.scale is None or abs(scale - self.scale) <= 1e-6 * max(scale, self.scale)
-        if scaled and not same:
+        if (scaled or _sink is not None) and not same:
+            what = f"{type(scaled[0]).__name__} with empirical vectors" if scaled else "dataset.collect"
             raise UnsupportedError(
-                f"{type(scaled[0]).__name__} with empirical vectors divides by the scale of the "
-                f"loss, but this backward pass has losses of scale {self.scale:g} and {scale:g}. "
-                "Use one backward pass per loss, equal scales, or sampled vectors."
+                f"{what} divides by the scale of the loss, but this backward pass has losses of "
+                f"scale {self.scale:g} and {scale:g}. Use one pass per loss, or equal scales."
             )
         self.scale = scale
 

@@ -39,7 +39,7 @@ _forward = _Forward()
 
 
 def extend(
-    module: nn.Module, batch_axis: int | Mapping[str, int] = 0, check_layout: bool = True
+    module: nn.Module, batch_axis: int | Mapping[str, int] = 0, check_layers: bool = True
 ) -> nn.Module:
     """Have a model or loss record what our extensions need, recursively.
 
@@ -53,15 +53,16 @@ def extend(
         batch_axis: Axis that counts the data, in the model's input and in its layers' inputs. A
             mapping gives it per module path (``""`` is the model itself); a path also holds for
             the modules below it. For a loss, 1 says that its rows are ordered sequence-first.
-        check_layout: Whether to check, the first time that a layer's rows are read in a certain
-            way, that the vectors of one datum arrive there. It costs one more pass then.
+        check_layers: Whether to check, the first time that a layer's rows are read in a certain
+            way, that vectors of a datum arrive only at its rows, and that the layer's gradient is
+            what its rule says. It costs some more passes then, ``2 log2 N + 1``.
 
     Returns:
         The module itself.
 
     Raises:
         TypeError: If ``module`` is no module instance.
-        ValueError: If ``batch_axis`` names a path that does not exist.
+        ValueError: If ``batch_axis`` is no axis, or names a path that does not exist.
 
     Example:
         >>> model = extend(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
@@ -71,7 +72,10 @@ def extend(
     if not isinstance(module, nn.Module):
         hint = " Instantiate it first." if isinstance(module, type) else ""
         raise TypeError(f"extend expects an instance of torch.nn.Module, got {module!r}.{hint}")
-    axes = {"": batch_axis} if isinstance(batch_axis, int) else {"": 0, **batch_axis}
+    axes = {"": 0, **batch_axis} if isinstance(batch_axis, Mapping) else {"": batch_axis}
+    for axis in axes.values():
+        if not isinstance(axis, int) or axis < 0:
+            raise ValueError(f"batch_axis={batch_axis!r}: expected axes 0, 1, ... or a mapping to them.")
     paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
     unknown = sorted(set(axes) - paths)
     if unknown:
@@ -85,7 +89,7 @@ def extend(
         if sub is module or any(True for _ in sub.children()):
             RootHook(axis, sub is module).attach(sub)
         if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
-            SiteHook(path, axis, check_layout).attach(sub)
+            SiteHook(path, axis, check_layers).attach(sub)
     return module
 
 
@@ -123,7 +127,8 @@ class Hook:
 
     def attach(self, module: nn.Module) -> None:
         """Register the hook on a module."""
-        self.handles = [module.register_forward_hook(self, with_kwargs=True)]
+        # before the user's own hooks, which may change the output
+        self.handles = [module.register_forward_hook(self, with_kwargs=True, prepend=True)]
 
     def detach(self) -> None:
         """Remove the hook from its module."""
@@ -178,9 +183,9 @@ class SiteHook(Hook):
 
     records_sites = True
 
-    def __init__(self, name: str, batch_axis: int, check_layout: bool):
+    def __init__(self, name: str, batch_axis: int, check_layers: bool):
         self.name, self.batch_axis = name, batch_axis
-        self.verified = set() if check_layout else _Everything()
+        self.verified = set() if check_layers else _Everything()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Record the call, if its parameters are trained and something may ask for it."""

@@ -178,7 +178,7 @@ class BatchGrad(PerSample):
     def absorb(self, store: dict, unit: Unit) -> None:
         """Add one layer's per-sample gradients."""
         index = self.subsampling
-        if index is not None and any(not -unit.batch <= k < unit.batch for k in index):
+        if index == [] or (index is not None and any(not -unit.batch <= k < unit.batch for k in index)):
             raise ValueError(f"BatchGrad: subsampling={index} for a batch of {unit.batch}.")
         super().absorb(store, unit)
 

@@ -140,7 +140,7 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
     A position embedding, say, is added to every datum: at its own output the cotangents of all data
     arrive summed up, at the output of the addition they are still apart.
     """
-    if site.batch == 1:
+    if site.batch == 1 or site.batch_axis != 0:
         return
     numel = site.out_shape.numel()
     found, rest = [], []

@@ -35,9 +35,9 @@ class KFAC(Extension):
 
     The block of the loss *as written*, reduction included: for a mean loss B carries its factor. S
     is 1 for plain layers, where the two agree. Each result is a `curvature.Kronecker`, which
-    unpacks as ``B, A``; a parameter used in two roles (an embedding tied to an output head) gets a
-    `curvature.KroneckerSum`, without cross terms. An embedding's A is diagonal, also in reduce,
-    where that drops the off-diagonal entries of ``abar abar^T``.
+    unpacks as ``B, A``; a parameter used in two roles (an embedding tied to an output head), or with
+    two biases, gets a `curvature.KroneckerSum`, without cross terms. An embedding's A is diagonal,
+    also in reduce, where that drops the off-diagonal entries of ``abar abar^T``.
 
     Args:
         approx: ``"expand"`` or ``"reduce"``.
@@ -118,6 +118,14 @@ class KFAC(Extension):
         layer = store.get(unit.key)
         if layer is None:
             layer = store[unit.key] = _Layer(unit)
+            weight, site = unit.parameters.get("weight"), unit.sites[0]
+            if self._joint(unit.parameters) and site.uses_of(weight) > site.uses_of(
+                unit.parameters["bias"]
+            ):
+                raise UnsupportedError(
+                    f'KFAC: bias="joint" for {site.label}, whose weight another layer uses without '
+                    'this bias. Use bias="separate" for tied weights.'
+                )
         if self.fisher != "forward":
             b = self._b_rows(unit.b)
             layer.add_B(self._second_moment(b, unit, "B", self._b_factor(unit)))

@@ -31,6 +31,7 @@ class Pending:
             return False
         shapes = [p.shape for p in site.parameters.values()]
         key = (type(site.module), site.rule, x.shape, x.dtype, g.shape, g.dtype, site.broadcast)
+        key = (*key, site.batch_axis)
         self.small.setdefault((*key, *shapes, *site.parameters), []).append(([site], [g]))
         self.size += size
         return True

@@ -138,8 +138,17 @@ def sweep(
         chunk_done()
 
 
-def stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) -> None:
+def stream(
+    start: GradientEdge,
+    reach: Reach,
+    seed: Tensor,
+    deliver: Deliver,
+    parameters: Sequence[Tensor] = (),
+) -> Sequence[Tensor | None]:
     """Send one column; each Site's vector is consumed as it arrives.
+
+    Returns:
+        The column's gradients of ``parameters``.
 
     Raises:
         RecordingError: If a Site is reached without its vector arriving.
@@ -149,15 +158,20 @@ def stream(start: GradientEdge, reach: Reach, seed: Tensor, deliver: Deliver) ->
     try:
         with SuspendBackpack():
             ends = torch.autograd.grad(
-                [start], list(reach.sources.values()), [seed], retain_graph=True, allow_unused=True
+                [start],
+                [*reach.sources.values(), *parameters],
+                [seed],
+                retain_graph=True,
+                allow_unused=True,
             )
     finally:
         Receiver.active = outer
-    # the nodes where the sweep ends are not executed, so their taps were silent
-    for site, g in zip(reach.sources, ends, strict=True):
-        if not site.broadcast and g is not None:
+    # the nodes where the sweep ends are mostly not executed, so their taps were silent
+    for site, g in zip(reach.sources, ends, strict=False):
+        if site not in receiver.done and not site.broadcast and g is not None:
             receiver.receive(site, 1.0, g.unsqueeze(0))
     _check_all(reach, receiver)
+    return ends[len(reach.sources) :]
 
 
 def _chunk(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver, small: bool) -> None:

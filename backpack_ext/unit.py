@@ -96,11 +96,10 @@ def stack_inputs(units: Sequence[Unit]) -> Tensor:
 
 
 def stack_vectors(units: Sequence[Unit]) -> Tensor:
-    """Return the vectors of layers of equal shape, one call each, as ``[(L g),v,n,s,o]``.
-
-    A rule treats vectors independently of each other, so it takes those of all layers at once.
-    """
+    """Return the vectors of layers of equal shape, one call each, as ``[(L g),v,n,s,o]``."""
     L, unit = len(units), units[0]
+    if not getattr(unit.rule.cotangents, "by_shape", False):
+        return torch.cat([u.b for u in units])
     g = torch.cat([u.cotangents[0] for u in units])
     b = _with_group(unit.rule.cotangents(unit.sites[0], g), 4)
     return b.unflatten(1, (L, len(g) // L)).transpose(0, 1).flatten(0, 1)

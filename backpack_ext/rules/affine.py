@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import OneHot
-from backpack_ext.rules.base import Rule
+from backpack_ext.rules.base import Rule, by_shape
 from backpack_ext.rules.patches import patches, transposed_patches
 from backpack_ext.site import Site
 from curvature import Axes
@@ -24,6 +24,7 @@ class LinearRule(Rule):
         """Return ``a[n,s,i]``, a view of the layer's input where its layout allows."""
         return site.rows(site.input(), 1)
 
+    @by_shape
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Return ``b[v,n,s,o]``."""
         return site.vector_rows(g, 1)
@@ -53,6 +54,7 @@ class _SpatialRule(Rule):
             )
         return x
 
+    @by_shape
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Return ``b[g,v,n,s,o]`` from ``[v, R, (g o), *pixels]``."""
         groups = self.groups(site.module)
@@ -119,6 +121,7 @@ class EmbeddingRule(Rule):
         mask = None if m.padding_idx is None else index != m.padding_idx
         return OneHot(index, m.num_embeddings, mask)
 
+    @by_shape
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Return ``b[v,n,s,o]``."""
         return site.vector_rows(g, 1)

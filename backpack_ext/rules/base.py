@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from backpack_ext.site import Site
 
 
+def by_shape(method: Callable) -> Callable:
+    """Mark a ``cotangents`` that depends on shapes only: layers of equal shape share one call."""
+    method.by_shape = True
+    return method
+
+
 class Rule(ABC):
     r"""Brings a layer that is affine in its parameters to the normal form.
 

@@ -1,0 +1,131 @@
+"""Checking once per layer that it is read rightly: each datum's rows, and the rule itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from backpack_ext import normal
+from backpack_ext.errors import UnsupportedError
+from backpack_ext.graph import Reach
+from backpack_ext.losses import Layout
+from backpack_ext.site import Site
+from backpack_ext.sweep import stream
+from backpack_ext.unit import Unit
+
+
+def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like: Tensor) -> None:
+    """Check layers that have not been read this way before; a training loop pays for it once.
+
+    *Rows.* Layers are read by the size of their leading axis, which says nothing about the order
+    of the rows: ``[T, N, d]`` looks like ``[N, k, d]`` where T is a multiple of N. Vectors that
+    belong to some of the data are sent through the graph, ``2 log2 N`` times, so that each pair of
+    data is told apart once; they must arrive at the rows of these data alone.
+
+    *Rules.* The gradient of each parameter, put together from the layers' normal form, must be
+    autograd's. It is not if a layer's forward was overridden, or its weight is used elsewhere too.
+
+    Args:
+        start: Edge of the loss's input (or of the model's output).
+        reach: The graph behind it; its Sites have taps.
+        layout: How the data are laid out there; None if that is not known.
+        like: A tensor of that shape, dtype and device.
+
+    Raises:
+        UnsupportedError: If a layer is not what it is read as.
+    """
+    unseen = [site for site in reach.sites if site.reading not in site.verified and _checkable(site)]
+    if not unseen:
+        return
+    pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
+    pattern = ((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)
+    if layout is not None and not reach.coupled:
+        data = torch.arange(layout.batch, device=like.device)
+        for bit in range((layout.batch - 1).bit_length()):
+            for value in (0, 1):
+                _check_rows(start, reach, layout, pattern, (data >> bit) % 2 == value, set(unseen))
+    moved = _check_gradients(start, reach, pattern, {id(p) for s in unseen for p in _parameters(s)})
+    for site in unseen:
+        if site in moved:
+            site.verified.add(site.reading)
+
+
+def _check_rows(start, reach, layout: Layout, pattern: Tensor, chosen: Tensor, unseen) -> None:
+    """Send vectors of the chosen data; none may arrive elsewhere."""
+    parts = layout.split(pattern.unsqueeze(0))
+    seed = layout.join(parts * chosen[:, None, None])[0]
+
+    def look(site: Site, g: Tensor) -> None:
+        if site not in unseen:
+            return
+        per_datum = site.rule.cotangents(site, g).movedim(-3, 0).flatten(1).abs().amax(1)
+        if per_datum.isnan().any() or not per_datum[~chosen].any():
+            return  # not-a-numbers will show in the results
+        raise UnsupportedError(
+            f"{site.label}: a vector that belongs to one datum arrives at the rows of another. Its "
+            f"output of shape {tuple(site.out_shape)} is read as {site.batch} data along axis "
+            f"{site.batch_axis}. If they are elsewhere, say so: extend(model, "
+            f"batch_axis={{{site.name!r}: AXIS}}). If the loss's rows are in another order, or the "
+            "model mixes data on purpose, quantities per datum are undefined; extend(model, "
+            "check_layers=False) switches this check off."
+        )
+
+    stream(start, reach, seed, look)
+
+
+def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set[Site]:
+    """Compare parameters' gradients with autograd's; return the Sites that vectors arrived at."""
+    parameters: dict[int, nn.Parameter] = {}
+    owners: dict[int, Site] = {}
+    sums: dict[int, Tensor | float] = {}
+    unknown: set[int] = set()
+    moved: set[Site] = set()
+
+    def add(site: Site, g: Tensor) -> None:
+        keys = {id(p) for p in _parameters(site)}
+        if not keys & wanted:
+            return
+        if not _checkable(site):
+            unknown.update(keys)
+            return
+        if g.any():
+            moved.add(site)
+        unit = Unit([site], [g], site.rule)
+        for role, p in site.parameters.items():
+            if role == "bias":
+                G = normal.bias_per_sample(unit.b).sum((0, 1))
+            else:
+                G = normal.per_sample_sum(unit.a, unit.b)
+            sums[id(p)] = sums.get(id(p), 0) + unit.axes(role).to_parameter(G)
+            owners[id(p)] = site
+
+    for site in reach.sites:
+        parameters.update((id(p), p) for p in _parameters(site) if id(p) in wanted)
+    gradients = stream(start, reach, seed, add, list(parameters.values()))
+    for (key, p), actual in zip(parameters.items(), gradients, strict=True):
+        if key in unknown or key not in sums:
+            continue
+        actual = torch.zeros_like(p) if actual is None else actual.to_dense()
+        low = min(t.element_size() for t in (actual, seed)) < 4
+        error = (sums[key] - actual).norm()
+        if error > (0.1 if low else 0.01) * actual.norm() + 1e-30:
+            site = owners[key]
+            role = next(r for r, q in site.parameters.items() if q is p)
+            raise UnsupportedError(
+                f"{site.label}: the gradient of its {role}, put together from the recorded calls, is "
+                f"not autograd's (relative error {float(error / actual.norm().clamp_min(1e-30)):.2g})."
+                " Either the parameter is also used outside of recorded calls of its layer, or the "
+                "layer computes something else than its rule says (an overridden forward?). "
+                "Register a rule for its class, or freeze the parameter. extend(model, "
+                "check_layers=False) switches this check off."
+            )
+    return moved
+
+
+def _parameters(site: Site) -> list[nn.Parameter]:
+    return list(site.parameters.values())
+
+
+def _checkable(site: Site) -> bool:
+    return site.rule is not None and site.error is None
