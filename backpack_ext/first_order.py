@@ -322,8 +322,8 @@ class Variance(PerSample):
         """Subtract the squared mean from the mean square."""
         results = []
         for entry in store.values():
-            mean, square = entry.value / entry.batch
-            results.append((entry.parameter, square - mean**2))
+            mean, square = entry.value.div_(entry.batch)
+            results.append((entry.parameter, torch.addcmul(square, mean, mean, value=-1)))
         return results
 
     def rescaled(self, value, weight):

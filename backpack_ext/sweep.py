@@ -19,7 +19,7 @@ from backpack_ext.site import Site
 Deliver = Callable[[Site, Tensor], None]
 
 # Memory for the cotangents of one chunk of columns, in bytes.
-MAX_BYTES = 2**28
+MAX_BYTES = 2**27
 
 # Entries of all cotangents of one column up to which columns are vectorised: overhead dominates.
 # Larger ones are looped over, which measured no slower (batching rules copy).
