@@ -256,3 +256,32 @@ def test_a_data_set_with_a_factor_and_with_two_losses():
 def test_batch_axis_that_is_no_axis(axis):
     with pytest.raises(ValueError, match="expected axes"):
         extend(nn.Linear(2, 2), batch_axis=axis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_that_cancel_pass_the_check(dtype):
+    """A key's bias in attention has gradient zero up to rounding."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+            return self.o(weights @ self.v(x)).mean(1)
+
+    model, loss_fn = extend(Attention().to(dtype)), extend(nn.CrossEntropyLoss())
+    with backpack(BatchGrad(), KFAC()):
+        loss_fn(model(torch.randn(6, 5, 8, dtype=dtype)), torch.randint(0, 8, (6,))).backward()
+    assert model.k.bias.grad_batch.shape == (6, 8)
+
+
+def test_check_in_low_precision_still_finds_a_wrong_rule():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, 3 * self.weight, self.bias)
+
+    model, loss_fn = extend(nn.Sequential(Scaled(4, 3)).bfloat16()), extend(nn.MSELoss())
+    with pytest.raises(UnsupportedError, match="overridden forward"), backpack(BatchGrad()):
+        loss_fn(model(torch.randn(5, 4).bfloat16()), torch.zeros(5, 3).bfloat16()).backward()
