@@ -14,6 +14,9 @@ from backpack_ext.site import Site
 from backpack_ext.sweep import stream
 from backpack_ext.unit import Unit
 
+# How often a layer is checked at whose output only zeros arrive.
+TRIES = 3
+
 
 def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like: Tensor) -> None:
     """Check layers that have not been read this way before; a training loop pays for it once.
@@ -35,7 +38,7 @@ def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like:
     Raises:
         UnsupportedError: If a layer is not what it is read as.
     """
-    unseen = [site for site in reach.sites if site.reading not in site.verified and _checkable(site)]
+    unseen = [site for site in reach.sites if site.checks.get(site.reading, TRIES) and _checkable(site)]
     if not unseen:
         return
     pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
@@ -46,9 +49,9 @@ def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like:
             for value in (0, 1):
                 _check_rows(start, reach, layout, pattern, (data >> bit) % 2 == value, set(unseen))
     moved = _check_gradients(start, reach, pattern, {id(p) for s in unseen for p in _parameters(s)})
-    for site in unseen:
-        if site in moved:
-            site.verified.add(site.reading)
+    for site in unseen:  # where only zeros arrived, nothing was seen; but some layers stay dead
+        left = site.checks.get(site.reading, TRIES) - 1
+        site.checks[site.reading] = 0 if site in moved else left
 
 
 def _check_rows(start, reach, layout: Layout, pattern: Tensor, chosen: Tensor, unseen) -> None:

@@ -40,7 +40,7 @@ class Site:
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
-        verified: Those readings of this layer's rows that were checked, see `reading`.
+        checks: How many checks each reading of this layer's rows still needs, see `reading`.
     """
 
     __slots__ = (
@@ -50,6 +50,7 @@ class Site:
         "batch",
         "batch_axis",
         "broadcast",
+        "checks",
         "depends_on_parameters",
         "error",
         "module",
@@ -58,7 +59,6 @@ class Site:
         "output_nr",
         "parameters",
         "rule",
-        "verified",
         "x",
     )
 
@@ -72,7 +72,7 @@ class Site:
         batch: int,
         batch_axis: int,
         output: Tensor,
-        verified: set,
+        checks: dict[tuple, int],
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version
@@ -81,7 +81,7 @@ class Site:
         self.out_shape, self.output_nr = output.shape, 0
         self.error: str | None = None
         self.broadcast = False
-        self.verified = verified
+        self.checks = checks
         self._live = True
         for p in parameters.values():
             key = id(p)

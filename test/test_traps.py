@@ -285,3 +285,16 @@ def test_check_in_low_precision_still_finds_a_wrong_rule():
     model, loss_fn = extend(nn.Sequential(Scaled(4, 3)).bfloat16()), extend(nn.MSELoss())
     with pytest.raises(UnsupportedError, match="overridden forward"), backpack(BatchGrad()):
         loss_fn(model(torch.randn(5, 4).bfloat16()), torch.zeros(5, 3).bfloat16()).backward()
+
+
+def test_dead_layers_are_not_checked_for_ever(monkeypatch):
+    from backpack_ext import check
+
+    passes = []
+    monkeypatch.setattr(check, "stream", lambda *args, s=check.stream: (passes.append(1), s(*args))[1])
+    model, loss_fn = extend(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), extend(nn.MSELoss())
+    nn.init.zeros_(model[1].weight)  # nothing arrives at the first layer
+    for _ in range(5):
+        with backpack(KFAC()):
+            loss_fn(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
+    assert len(passes) == check.TRIES * 5
