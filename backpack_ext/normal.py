@@ -16,7 +16,7 @@ from torch import Tensor
 # Entries of a per-sample intermediate that is formed at once; larger ones are cut along n.
 CHUNK = 2**24
 
-# Rows of a symmetric product that are formed at once.
+# Columns of a large input whose part of a symmetric product is formed at once.
 PANEL = 192
 
 
@@ -72,10 +72,11 @@ def gram(x: Tensor, scale: float = 1.0) -> Tensor:
     if not worth or x.device.type != "cpu":
         torch.addmm(product, rows.mT, rows, beta=0, alpha=scale, out=product)
         return out
-    for k in range(0, i, PANEL):
-        panel = product[k : k + PANEL, k:]
-        torch.addmm(panel, rows[:, k : k + PANEL].mT, rows[:, k:], beta=0, alpha=scale, out=panel)
-        product[k : k + PANEL, :k] = product[:k, k : k + PANEL].mT
+    width = PANEL if r >= 1024 else (i + 1) // 2  # with few rows, writing the result dominates
+    for k in range(0, i, width):
+        panel = product[k : k + width, k:]
+        torch.addmm(panel, rows[:, k : k + width].mT, rows[:, k:], beta=0, alpha=scale, out=panel)
+        product[k : k + width, :k] = product[:k, k : k + width].mT
     return out
 
 
