@@ -369,6 +369,11 @@ class BackwardPass(Receiver):
                     continue  # reported by check_coverage
                 if rule not in units:
                     units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
+                if _sink is None:
+                    # an old result makes room for the new one: less memory, and none of it fresh
+                    for unit in units[rule]:
+                        for p in unit.parameters.values():
+                            p.__dict__.pop(ext.savefield, None)
                 ext.absorb_all(self.stores[ext], units[rule])
 
     def _release(self, extensions, layers) -> None:

@@ -68,15 +68,13 @@ def gram(x: Tensor, scale: float = 1.0) -> Tensor:
     if g > 1:
         return torch.baddbmm(out, x.mT, x, beta=0, alpha=scale, out=out)
     rows, product = x[0], out[0]
-    worth = i >= 640 or (i >= 256 and r >= 1024)
-    if not worth or x.device.type != "cpu":
+    if i < 256 or r < 1024 or x.device.type != "cpu":
         torch.addmm(product, rows.mT, rows, beta=0, alpha=scale, out=product)
         return out
-    width = PANEL if r >= 1024 else (i + 1) // 2  # with few rows, writing the result dominates
-    for k in range(0, i, width):
-        panel = product[k : k + width, k:]
-        torch.addmm(panel, rows[:, k : k + width].mT, rows[:, k:], beta=0, alpha=scale, out=panel)
-        product[k : k + width, :k] = product[:k, k : k + width].mT
+    for k in range(0, i, PANEL):
+        panel = product[k : k + PANEL, k:]
+        torch.addmm(panel, rows[:, k : k + PANEL].mT, rows[:, k:], beta=0, alpha=scale, out=panel)
+        product[k : k + PANEL, :k] = product[:k, k : k + PANEL].mT
     return out
 
 

@@ -236,3 +236,24 @@ def test_interrupted_forward():
         with backpack(BatchL2Grad()):
             loss_fn(net(torch.randn(6, 4)), torch.randint(0, 3, (6,))).backward()
         assert weight.batch_l2.shape == (6,)
+
+
+def test_old_results_make_room_for_new_ones():
+    model, loss_fn = extend(network()), extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    seen = []
+
+    class Looking(BatchGrad):
+        def of_weight(self, a, b):
+            seen.append(sum(hasattr(p, "grad_batch") for p in (model[0].weight, model[2].weight)))
+            return super().of_weight(a, b)
+
+    for _ in range(2):
+        with backpack(Looking()):
+            loss_fn(model(x), y).backward()
+    assert seen[2:] == [1, 0] or seen[2:] == [0, 0]  # the second pass: old ones gone one by one
+    held = model[0].weight.grad_batch
+    with backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    assert held is not model[0].weight.grad_batch  # what a user holds stays
+    assert held.shape == (6, 5, 4)
