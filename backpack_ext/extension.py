@@ -205,3 +205,9 @@ class Extension(BackpropExtension):
     def needs_scale(self) -> bool:
         """Whether units need their ``scale`` although no sweep was asked for."""
         return False
+
+
+def check_samples(owner: str, mc_samples: int) -> None:
+    """Raise if a number of Monte-Carlo samples is no positive integer."""
+    if not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"{owner}: mc_samples={mc_samples!r}; expected a positive integer.")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from backpack_ext.extension import Vectors
+from backpack_ext.extension import Vectors, check_samples
 from backpack_ext.first_order import SumGradSquared
-from backpack_ext.kfac import check_samples
 
 
 class DiagGGN(SumGradSquared):

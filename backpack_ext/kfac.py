@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext.errors import UnsupportedError
-from backpack_ext.extension import Extension, Vectors
+from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.normal import OneHot, gram
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_inputs, stack_vectors
@@ -342,9 +342,3 @@ def _append_constant(A: Tensor, mean: Tensor) -> Tensor:
     top = torch.cat([A, mean.unsqueeze(2)], dim=2)
     last = torch.cat([mean, mean.new_ones(len(mean), 1)], dim=1)
     return torch.cat([top, last.unsqueeze(1)], dim=1)
-
-
-def check_samples(owner: str, mc_samples: int) -> None:
-    """Raise if a number of Monte-Carlo samples is no positive integer."""
-    if not isinstance(mc_samples, int) or mc_samples < 1:
-        raise ValueError(f"{owner}: mc_samples={mc_samples!r}; expected a positive integer.")

@@ -22,20 +22,11 @@ from backpack_ext import (
 )
 from backpack_ext.rules import LinearRule
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def mlp():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-X, Y = None, None
 
 
 @pytest.fixture
@@ -570,16 +561,12 @@ def test_mixed_data_are_found(data):
         loss_fn(model(data[0]), data[1]).backward()
 
 
-def test_the_layout_is_checked_once(data, monkeypatch):
-    from backpack_ext import check
-
-    passes = []
-    monkeypatch.setattr(check, "stream", lambda *args, s=check.stream: (passes.append(1), s(*args))[1])
+def test_the_layout_is_checked_once(data, check_passes):
     model, loss_fn = extend(mlp()), extend(nn.CrossEntropyLoss())
     for rows in (6, 6, 5):
         with backpack(KFAC()):
             loss_fn(model(data[0][:rows]), data[1][:rows]).backward()
-    assert len(passes) == 2 * 3 + 1  # N = 6 has three bits
+    assert len(check_passes) == 2 * 3 + 1  # N = 6 has three bits
 
 
 @pytest.mark.parametrize("columns", [1, 3, 7])
