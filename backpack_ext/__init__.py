@@ -9,6 +9,7 @@
 """
 
 from backpack_ext.context import backpack
+from backpack_ext.ekfac import EKFAC
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extend import attach_loss, extend, unextend
 from backpack_ext.extension import Extension
@@ -24,6 +25,7 @@ from backpack_ext.kfac import KFAC
 from backpack_ext.rules import Rule, register_rule
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "BatchDotGrad",
     "BatchGrad",

@@ -119,7 +119,7 @@ class KFAC(Extension):
         if layer is None:
             layer = store[unit.key] = _Layer(unit)
             weight, site = unit.parameters.get("weight"), unit.sites[0]
-            if self._joint(unit.parameters) and site.uses_of(weight) > site.uses_of(
+            if self.joins(unit.parameters) and site.uses_of(weight) > site.uses_of(
                 unit.parameters["bias"]
             ):
                 raise UnsupportedError(
@@ -128,7 +128,7 @@ class KFAC(Extension):
                 )
         if self.fisher != "forward":
             b = self._b_rows(unit.b)
-            layer.add_B(self._second_moment(b, unit, "B", self._b_factor(unit)))
+            layer.add_B(self._second_moment(b, unit, "B", self.b_factor(unit)))
         if layer.is_new(unit) and "weight" in layer.parameters:
             if unit.sites[0].shared:
                 # calls may arrive from several losses: the inputs are joined at the end
@@ -146,7 +146,7 @@ class KFAC(Extension):
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
         groups = unit.groups
         b = self._b_rows(stack_vectors(units))
-        B = self._second_moment(b, unit, "B", self._b_factor(unit))
+        B = self._second_moment(b, unit, "B", self.b_factor(unit))
         for layer, part in zip(layers, B.split(groups), strict=True):
             layer.add_B(part)
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
@@ -170,26 +170,26 @@ class KFAC(Extension):
 
     def _a_rows(self, a: Tensor) -> Tensor:
         """Return the rows that A averages over, ``[g,r,i]``."""
-        a = self._cast(a)
+        a = self.cast(a)
         if a.shape[2] == 1 or self.approx == "expand":
             return a.flatten(1, 2)
         return a.mean(2)
 
     def _b_rows(self, b: Tensor) -> Tensor:
         """Return the rows that B sums over, ``[g,r,o]``."""
-        b = self._cast(b)
+        b = self.cast(b)
         if b.shape[3] == 1 or self.approx == "expand":
             return b.flatten(1, 3)
         return b.sum(3).flatten(1, 2)
 
-    def _b_factor(self, unit: Unit) -> float:
+    def b_factor(self, unit: Unit) -> float:
         """The gradient of a loss carries r c; outer products of it are to carry it once."""
         if self.fisher != "empirical" or unit.scale == 1:
             return 1.0
         return 1 / unit.scale if unit.scale else 0.0
 
     def _means(self, a: Tensor, unit: Unit) -> Tensor | None:
-        return a.mean(1) if self._joint(unit.parameters) else None
+        return a.mean(1) if self.joins(unit.parameters) else None
 
     def _one_hot_moment(self, a: OneHot, dtype: torch.dtype) -> tuple[Tensor, int]:
         """Return the diagonal of A (in expand the tokens' frequencies) as ``[1,i]``, and rows."""
@@ -223,11 +223,13 @@ class KFAC(Extension):
     def _dtype(self, t: Tensor) -> torch.dtype:
         return self.dtype or torch.promote_types(t.dtype, torch.float32)
 
-    def _cast(self, t: Tensor) -> Tensor:
+    def cast(self, t: Tensor) -> Tensor:
+        """Return a tensor in the factors' data type."""
         dtype = self._dtype(t)
         return t if t.dtype == dtype else t.to(dtype)
 
-    def _joint(self, parameters: dict[str, nn.Parameter]) -> bool:
+    def joins(self, parameters: dict[str, nn.Parameter]) -> bool:
+        """Whether a layer's bias is part of its weight's block."""
         return self.bias == "joint" and len(parameters) == 2
 
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Kronecker]]:
@@ -257,10 +259,11 @@ class KFAC(Extension):
         B = B if groups > 1 else B[0]
         blocks = []
         if weight is not None:
-            joint = self._joint(parameters)
+            joint = self.joins(parameters)
             if joint:
                 A = _append_constant(A, layer.mean)
-            block = Kronecker(B, A if groups > 1 else A[0], layer.axes, groups, joint)
+            A = A if groups > 1 else A[0]
+            block = Kronecker(B, A, layer.axes, groups, joint, layer.rows)
             blocks.append((weight, block))
             if joint:
                 return [*blocks, (bias, block)]

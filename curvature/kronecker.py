@@ -3,78 +3,35 @@ r"""Kronecker products :math:`B \otimes A` that know which axes of a parameter t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from curvature.axes import MATRIX, Axes
+from curvature.block import Parts, damped
+from curvature.decomposition import (
+    check_damping,
+    check_finite,
+    cholesky_inverse,
+    eigh,
+    nonnegative,
+    widen,
+)
+from curvature.eigen import KroneckerEigen
+from curvature.matrix_block import MatrixBlock, layout_of, same_layout
 
-@dataclass(frozen=True)
-class Axes:
-    """How a parameter's axes form the matrix ``[g, o, i]`` that a Kronecker product acts on.
-
-    ``g`` counts groups (1 unless the layer is grouped), ``o`` output features, ``i`` input
-    features. The map is an `einops` pattern, because layers swap roles: a transposed convolution
-    stores ``[i, o, k]``, an embedding ``[i, o]``, a grouped convolution ``[(g o), i, k]``.
-
-    Args:
-        pattern: `einops` pattern from the parameter to ``g o i``, e.g. ``"(g o) i k -> g o (i k)"``.
-        sizes: Sizes of the named axes that the pattern cannot infer, as ``(name, size)`` pairs.
-
-    Example:
-        >>> import torch
-        >>> Axes("i o -> 1 o i").to_matrix(torch.zeros(3, 2)).shape
-        torch.Size([1, 2, 3])
-    """
-
-    pattern: str = "o i -> 1 o i"
-    sizes: tuple[tuple[str, int], ...] = ()
-
-    def to_matrix(self, t: Tensor) -> Tensor:
-        """Bring a (batch of) parameter-shaped tensor(s) ``[..., *shape]`` to ``[..., g, o, i]``."""
-        left, right = self.pattern.split("->")
-        return self._rearrange(t, left, right, len(_axes(left)))
-
-    def to_parameter(self, m: Tensor) -> Tensor:
-        """Bring ``[..., g, o, i]`` back to the parameter's shape, the inverse of `to_matrix`."""
-        if self.pattern == MATRIX.pattern:  # by far the most frequent; einops costs 10 us
-            return m.squeeze(-3)
-        if self.pattern == BIAS.pattern:
-            return m.squeeze(-3).squeeze(-1)
-        left, right = self.pattern.split("->")
-        return self._rearrange(m, right, left, 3)
-
-    def _rearrange(self, t: Tensor, source: str, target: str, dims: int) -> Tensor:
-        lead = t.shape[: t.dim() - dims]
-        t = t.reshape(prod(lead), *t.shape[t.dim() - dims :])
-        t = rearrange(t, f"lead {source} -> lead {target}", **dict(self.sizes))
-        return t.reshape(*lead, *t.shape[1:])
-
-
-MATRIX = Axes()
-BIAS = Axes("o -> 1 o 1")
-
-
-def _axes(side: str) -> list[str]:
-    """Split one side of a pattern into its axes; a parenthesised group is one axis."""
-    axes, depth = [], 0
-    for token in side.replace("(", " ( ").replace(")", " ) ").split():
-        if depth == 0 and token != ")":
-            axes.append(token)
-        depth += (token == "(") - (token == ")")
-    return axes
+METHODS = ("exact", "factored", "cholesky")
 
 
 @dataclass(eq=False, slots=True)
-class Kronecker:
+class Kronecker(MatrixBlock):
     r"""A Kronecker-factored curvature block :math:`B \otimes A`.
 
-    .. math::  (B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A)
+    .. math::  (B \otimes A) \operatorname{vec}(V) = \operatorname{vec}(B V A^T)
 
-    for row-major ``vec`` and the parameter read as a matrix :math:`V \in R^{o \times i}`
-    (symmetric factors). It unpacks as ``B, A = kronecker``.
+    for row-major ``vec`` and the parameter read as a matrix :math:`V \in R^{o \times i}`. It unpacks
+    as ``B, A = kronecker``.
 
     Args:
         B: Factor of the layer's outputs, ``[o, o]``; ``[o]`` if diagonal. With ``groups > 1`` both
@@ -84,6 +41,11 @@ class Kronecker:
         groups: Number of groups; the block is block-diagonal over them.
         joint: Whether the last input feature is the constant 1 that belongs to the bias. The
             block then acts on ``[weight | bias]``, the bias being the last column.
+        rows: Number of rows (data, or data times positions) that A is the mean of: its weight when
+            batches are added.
+
+    Raises:
+        ValueError: If a factor is neither square nor a diagonal.
 
     Example:
         For least squares with a sum loss the block is exact: ``2 I (x) X^T X / N * N``.
@@ -97,6 +59,9 @@ class Kronecker:
                 [0., 0., 2., 2.]])
         >>> K.trace()
         tensor(12.)
+        >>> K.matvec(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([[4., 2.],
+                [2., 2.]])
     """
 
     B: Tensor
@@ -104,6 +69,7 @@ class Kronecker:
     axes: Axes = MATRIX
     groups: int = 1
     joint: bool = False
+    rows: float = 1.0
 
     def __post_init__(self):
         b, a = self.B.shape, self.A.shape
@@ -127,100 +93,248 @@ class Kronecker:
         kind = ", joint" if self.joint else ""
         return f"Kronecker(B={tuple(self.B.shape)}, A={tuple(self.A.shape)}{kind})"
 
-    def matvec(self, weight: Tensor, bias: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        r"""Multiply the block with parameter-shaped tensors.
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Sizes g, o and i of the matrices; i counts the bias column."""
+        return self.groups, self.B.shape[-1], self.A.shape[-1]
 
-        Args:
-            weight: ``[..., *parameter.shape]``, any number of leading batch axes.
-            bias: ``[..., o]``; required by a joint block, refused by any other.
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """B and A."""
+        return {"B": self.B, "A": self.A}
 
-        Returns:
-            The product, shaped like the argument(s).
+    def replaced(self, **factors: Tensor) -> Kronecker:
+        """Return the same with other factors."""
+        return replace(self, **factors)
+
+    def is_diagonal(self, name: str) -> bool:
+        """Whether factor "B" or "A" is stored as its diagonal."""
+        return getattr(self, name).dim() == (2 if self.groups > 1 else 1)
+
+    # ------------------------------------------------------------------ plain algebra
+
+    def apply(self, V: Tensor) -> Tensor:
+        """Multiply the block with matrices ``V[..., g, o, i]``."""
+        B, A = self.B.to(V.dtype), self.A.to(V.dtype)
+        if self.groups == 1:
+            B, A = B[None], A[None]
+        V = B[..., None] * V if self.is_diagonal("B") else B @ V
+        return V * A[..., None, :] if self.is_diagonal("A") else V @ A.mT
+
+    def transpose(self) -> Kronecker:
+        r"""Return :math:`B^T \otimes A^T`: another matrix only if the factors are not symmetric."""
+        turned = {k: t if self.is_diagonal(k) else t.mT for k, t in self.factors.items()}
+        return replace(self, **turned)
+
+    def trace(self) -> Tensor:
+        r"""Return :math:`\sum_g \operatorname{tr} B_g \operatorname{tr} A_g`."""
+        return (self._diagonal("B").sum(-1) * self._diagonal("A").sum(-1)).sum()
+
+    def diagonal(self) -> Parts:
+        """Return the diagonal, shaped like the parameter(s)."""
+        B, A = self._diagonal("B"), self._diagonal("A")
+        V = B[..., :, None] * A[..., None, :]
+        return self.to_parameters(V if self.groups > 1 else V[None])
+
+    def norm(self) -> Tensor:
+        r"""Return the Frobenius norm, :math:`\|B\|_F \|A\|_F`."""
+        return self.inner(self).sqrt()
+
+    def inner(self, other: Kronecker) -> Tensor:
+        r"""Return :math:`\langle M, M' \rangle_F = \operatorname{tr}(B^T B') \operatorname{tr}(A^T A')`.
 
         Raises:
-            ValueError: If ``bias`` is missing for a joint block or given for another.
+            ValueError: If the two act on parameters of other shape or layout.
         """
-        if self.joint != (bias is not None):
-            expected = "takes (weight, bias)" if self.joint else "takes one tensor"
-            raise ValueError(f"Kronecker.matvec: this block {expected}; joint={self.joint}.")
-        V = self.axes.to_matrix(weight)
-        if bias is not None:
-            column = bias.reshape(*V.shape[:-1], 1)
-            V = torch.cat([V, column], dim=-1)
-        V = self._right(self._left(V))
-        if bias is None:
-            return self.axes.to_parameter(V)
-        return self.axes.to_parameter(V[..., :-1]), V[..., -1].reshape(bias.shape)
+        self._check_same(other, "inner")
+        total = 1.0
+        for name in ("B", "A"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if self.is_diagonal(name) or other.is_diagonal(name):
+                mine, theirs = self._diagonal(name), other._diagonal(name)
+            lead = -2 if self.groups > 1 else None
+            product = mine * theirs
+            total = total * (product.sum() if lead is None else product.flatten(1).sum(1))
+        return total.sum()
 
-    def _left(self, V: Tensor) -> Tensor:
-        B = self.B if self.groups > 1 else self.B[None]
-        return B[..., None] * V if B.dim() == 2 else B @ V
+    def _diagonal(self, name: str) -> Tensor:
+        factor = getattr(self, name)
+        return factor if self.is_diagonal(name) else factor.diagonal(dim1=-2, dim2=-1)
 
-    def _right(self, V: Tensor) -> Tensor:
-        A = self.A if self.groups > 1 else self.A[None]
-        return V * A[..., None, :] if A.dim() == 2 else V @ A
+    # ------------------------------------------------------------------ batches
 
-    def to_dense(self) -> Tensor:
-        """Return the dense block ``[p, p]``.
+    def __add__(self, other: Kronecker) -> Kronecker:
+        """Accumulate the block of further data: B adds up, A is averaged by its number of rows.
 
-        Rows and columns follow ``parameter.flatten()``; for a joint block they follow
-        ``torch.cat([W, bias[:, None]], 1).flatten()`` with ``W`` the matrix form ``[(g o), i]``.
+        The sum is the Kronecker product of the sum of the two losses, as gradients accumulate. It
+        is not the sum of the two matrices: that is a `KroneckerSum`. For the mean over batches of a
+        mean loss weight them, ``(n * K + m * L) * (1 / (n + m))``.
+
+        Raises:
+            ValueError: If the two act on parameters of other shape or layout.
         """
-        o, i = self.B.shape[-1], self.A.shape[-1]
-        p = self.groups * o * i
-        basis = torch.eye(p, dtype=self.B.dtype, device=self.B.device)
-        if self.joint:
-            return self._right(self._left(basis.reshape(p, self.groups, o, i))).reshape(p, p)
-        matrix = self.axes.to_parameter(basis.reshape(p, self.groups, o, i))
-        # columns of `basis` follow (g, o, i); sort both sides into the parameter's own order
-        order = matrix.reshape(p, p).argmax(dim=1)
-        product = self._right(self._left(basis.reshape(p, self.groups, o, i))).reshape(p, p)
-        dense = torch.empty_like(product)
-        dense[order[:, None], order[None, :]] = product
-        return dense
+        if not isinstance(other, Kronecker):
+            return NotImplemented
+        self._check_same(other, "+")
+        rows = self.rows + other.rows
+        A = self.A + (other.rows / rows) * (other.A - self.A)
+        return replace(self, B=self.B + other.B, A=A, rows=rows)
 
-    def trace(self) -> Tensor:
-        r"""Return :math:`\operatorname{tr}(B \otimes A) = \sum_g \operatorname{tr} B_g \operatorname{tr} A_g`."""  # noqa: E501
-        return (_trace(self.B, self.groups) * _trace(self.A, self.groups)).sum()
+    def __mul__(self, scale: float) -> Kronecker:
+        """Multiply the matrix (that is, B) with a number: the block of a scaled loss."""
+        return replace(self, B=self.B * scale)
 
+    __rmul__ = __mul__
 
-def _trace(factor: Tensor, groups: int) -> Tensor:
-    diagonal = factor.dim() == (2 if groups > 1 else 1)
-    entries = factor if diagonal else factor.diagonal(dim1=-2, dim2=-1)
-    return entries.sum(-1)
+    def _check_same(self, other: Kronecker, what: str) -> None:
+        diagonals = [K.is_diagonal(name) for K in (self, other) for name in ("B", "A")]
+        if same_layout(self, other) and (what == "inner" or diagonals[:2] == diagonals[2:]):
+            return
+        raise ValueError(
+            f"Kronecker: {what} needs two blocks of one shape and layout, got {self} and {other}."
+        )
 
+    def numerators(self) -> list[Tensor]:
+        """Return B, A times its rows, and the rows."""
+        rows = torch.tensor(float(self.rows), dtype=torch.float64, device=self.device)
+        return [self.B, widen(self.A) * self.rows, rows]
 
-@dataclass(eq=False)
-class KroneckerSum:
-    r"""A sum of Kronecker products :math:`\sum_t B_t \otimes A_t` of one parameter.
+    def from_numerators(self, summed: list[Tensor], scale: float) -> Kronecker:
+        """Return the block with the accumulated factors."""
+        B, A, rows = summed
+        return replace(self, B=B * scale, A=(A / rows).to(self.A.dtype), rows=float(rows))
 
-    This is the block of a parameter that two layers use in different roles, such as a matrix that
-    is an embedding and an output head: each role contributes one term, cross terms are dropped.
+    # ------------------------------------------------------------------ functions of the matrix
 
-    Args:
-        terms: The Kronecker products, none of them joint.
+    def eigh(self) -> KroneckerEigen:
+        r"""Decompose both factors: :math:`\lambda_B \otimes \lambda_A` in the basis :math:`Q_B \otimes Q_A`.
 
-    Example:
-        >>> import torch
-        >>> K = Kronecker(torch.eye(1), 3.0 * torch.eye(1))
-        >>> KroneckerSum((K, K)).to_dense()
-        tensor([[6.]])
-    """
+        Keep the result where several functions of one block are wanted (dampings, powers): each
+        function of the result is cheap. Computed in float32 or above.
 
-    terms: tuple[Kronecker, ...]
+        Raises:
+            ValueError: If a factor is not finite, not symmetric, or indefinite.
+        """  # noqa: E501
+        (b, Q_B), (a, Q_A) = (self._spectrum(name, vectors=True) for name in ("B", "A"))
+        return KroneckerEigen(Q_B, Q_A, self._outer(b, a), self.axes, self.groups, self.joint)
 
-    def __iter__(self) -> Iterator[Kronecker]:
-        """Iterate over the terms."""
-        return iter(self.terms)
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues ``[p]``, ascending.
 
-    def matvec(self, weight: Tensor) -> Tensor:
-        """Multiply with a parameter-shaped tensor ``[..., *parameter.shape]``."""
-        return sum(term.matvec(weight) for term in self.terms)
+        Raises:
+            ValueError: As for `eigh`.
+        """
+        (b, _), (a, _) = (self._spectrum(name, vectors=False) for name in ("B", "A"))
+        return self._outer(b, a).flatten().sort().values
 
-    def to_dense(self) -> Tensor:
-        """Return the dense block ``[p, p]`` in the order of ``parameter.flatten()``."""
-        return sum(term.to_dense() for term in self.terms)
+    def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
+        r"""Return :math:`(B \otimes A + \delta I)^{e}` through both eigendecompositions.
 
-    def trace(self) -> Tensor:
-        """Return the sum of the terms' traces."""
-        return sum(term.trace() for term in self.terms)
+        Args:
+            exponent: e, any number: -1 inverts, -1/2 maps white noise to samples.
+            damping: The number added to all eigenvalues.
+
+        Raises:
+            ValueError: If a factor is not finite, not symmetric or indefinite; if the damping is
+                negative; if ``exponent`` is negative and the damped matrix is singular.
+        """
+        check_damping("Kronecker.power", damping)
+        (b, Q_B), (a, Q_A) = (self._spectrum(name, vectors=True) for name in ("B", "A"))
+        if exponent < 0 and damping == 0:
+            for name, values in (("B", b), ("A", a)):
+                damped(f"Kronecker.power: factor {name}", values, damping, positive=True)
+        eigen = KroneckerEigen(Q_B, Q_A, self._outer(b, a), self.axes, self.groups, self.joint)
+        return eigen.power(exponent, damping)
+
+    def inverse(self, damping: float = 0.0, method: str = "exact") -> Kronecker | KroneckerEigen:
+        r"""Return the inverse of the damped block.
+
+        ============== =================================================== =====================
+        method         matrix                                              through
+        ============== =================================================== =====================
+        ``"exact"``    :math:`(B \otimes A + \delta I)^{-1}`               both eigenbases
+        ``"factored"`` :math:`(B + \sqrt\delta / \pi I)^{-1} \otimes
+                       (A + \pi \sqrt\delta I)^{-1}`                       both eigenbases
+        ``"cholesky"`` the same                                            Cholesky: cheaper
+        ============== =================================================== =====================
+
+        with :math:`\pi^2 = \operatorname{tr}(A) \dim(B) / (\operatorname{tr}(B) \dim(A))`, and 1 where
+        a factor is zero. Without damping all three are the same matrix.
+
+        Args:
+            damping: delta.
+            method: As above.
+
+        Raises:
+            ValueError: If ``method`` is none of these; if a factor is not finite, not symmetric or
+                indefinite; if the damping is negative, or too small to make the matrix regular.
+
+        References:
+            Martens & Grosse (2015), section 6.3 (factored Tikhonov damping).
+
+        Example:
+            >>> K = Kronecker(torch.tensor([[4.0]]), torch.tensor([[1.0]]))
+            >>> K.inverse(damping=1.0).to_dense()  # 1 / (4 + 1)
+            tensor([[0.2000]])
+            >>> K.inverse(damping=1.0, method="cholesky").to_dense()  # 1 / ((4 + 2) (1 + 1/2))
+            tensor([[0.1111]])
+        """
+        if method == "exact":
+            return self.power(-1.0, damping)
+        if method not in METHODS:
+            raise ValueError(f"Kronecker.inverse: method={method!r}; expected one of {METHODS}.")
+        check_damping("Kronecker.inverse", damping)
+        pi, root = self.pi(), damping**0.5
+        factors = {
+            name: self._inverse_factor(name, shift, method)
+            for name, shift in (("B", root / pi), ("A", root * pi))
+        }
+        return replace(self, **factors)
+
+    def pi(self) -> Tensor:
+        r"""Return :math:`\pi` of the factored damping, ``[g, 1]`` with groups, else a scalar.
+
+        The damping is split such that the factors' mean eigenvalues are damped in proportion.
+        """
+        ratio = widen(self._diagonal("A")).mean(-1) / widen(self._diagonal("B")).mean(-1)
+        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+        return pi[:, None] if self.groups > 1 else pi
+
+    def _inverse_factor(self, name: str, shift: Tensor, method: str) -> Tensor:
+        owner = f"Kronecker.inverse: factor {name}"
+        factor = widen(getattr(self, name))
+        if self.is_diagonal(name) or method == "factored":
+            values, basis = self._spectrum(name, vectors=True)
+            values = values + shift
+            damped(owner, values, 0.0, positive=True)
+            if basis is None:
+                return 1 / values
+            return (basis / values[..., None, :]) @ basis.mT
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        shift = shift[..., None] if self.groups > 1 else shift
+        return cholesky_inverse(owner, factor + shift * eye)
+
+    def _spectrum(self, name: str, vectors: bool) -> tuple[Tensor, Tensor | None]:
+        """Return a factor's eigenvalues ``[d]`` (``[g, d]``) and eigenvectors, None if diagonal."""
+        factor, label = getattr(self, name), f"Kronecker: factor {name}"
+        if self.is_diagonal(name):
+            check_finite(label, factor)
+            return nonnegative(label, widen(factor), factor.dtype), None
+        return eigh(label, factor, vectors)
+
+    def _outer(self, b: Tensor, a: Tensor) -> Tensor:
+        """Return the products of eigenvalues as ``[g, o, i]``."""
+        dtype = torch.promote_types(b.dtype, a.dtype)
+        values = b.to(dtype)[..., :, None] * a.to(dtype)[..., None, :]
+        return values if self.groups > 1 else values[None]
+
+    # ------------------------------------------------------------------ storage
+
+    def state_dict(self) -> dict:
+        """Return tensors, numbers and strings that `from_state_dict` makes a block of."""
+        return {"kind": "Kronecker", **self.factors, **self._layout(), "rows": self.rows}
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> Kronecker:
+        """Make a block of what `state_dict` returned."""
+        return cls(state["B"], state["A"], **layout_of(state), rows=state["rows"])

@@ -60,18 +60,13 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name.removesuffix(".weight"), p
 
 
-def inner(K: Kronecker, L: Kronecker) -> float:
-    """Return the Frobenius inner product of two blocks, from their factors alone."""
-    return float((K.B * L.B).sum() * (K.A * L.A).sum())
-
-
 def compare(K: Kronecker, L: Kronecker) -> tuple[float, float, float]:
     r"""Compare two blocks in the Frobenius norm, forming neither.
 
     Returns:
         The ratio of norms |L| / |K|, the cosine between K and L, and the distance |K - L| / |K|.
     """
-    KK, KL, LL = inner(K, K), inner(K, L), inner(L, L)
+    KK, KL, LL = (float(x.inner(y)) for x, y in ((K, K), (K, L), (L, L)))
     return (LL / KK) ** 0.5, KL / (KK * LL) ** 0.5, (max(KK - 2 * KL + LL, 0.0) / KK) ** 0.5
 
 

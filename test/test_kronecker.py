@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature import Axes, Kronecker, KroneckerSum
+from curvature import (
+    Axes,
+    DenseBlock,
+    Kronecker,
+    KroneckerEigen,
+    KroneckerSum,
+    block_from_state_dict,
+)
 
 K2D = (("x", 2), ("y", 3))
 
@@ -75,6 +82,12 @@ def factor(groups: int, size: int, diagonal: bool) -> Tensor:
     x = torch.randn(groups, size, size).double()
     x = x.diagonal(dim1=1, dim2=2) if diagonal else x + x.mT
     return x if groups > 1 else x[0]
+
+
+def definite(groups: int, size: int, diagonal: bool) -> Tensor:
+    """The same, positive definite."""
+    x = factor(groups, size, diagonal)
+    return x.abs() + 0.1 if diagonal else x @ x.mT + 0.1 * torch.eye(size).double()
 
 
 def build(name: str, diagonal: str = "", joint: bool = False) -> Kronecker:
@@ -211,10 +224,188 @@ def test_wrong_shapes(B: tuple, A: tuple, groups: int, message: str):
 
 def test_wrong_arguments_of_a_product():
     B, A = torch.eye(3), torch.eye(4)
-    with pytest.raises(ValueError, match="takes one tensor; joint=False"):
+    with pytest.raises(ValueError, match=r"one tensor of shape \(3, 4\), got 2 tensors"):
         Kronecker(B, A).matvec(torch.ones(3, 4), torch.ones(3))
-    with pytest.raises(ValueError, match=r"takes \(weight, bias\); joint=True"):
+    with pytest.raises(ValueError, match=r"\(weight, bias\) of shape \(3, 3\), \(3,\), got 1 tensors"):
         Kronecker(B, A, joint=True).matvec(torch.ones(3, 3))
     for shape in ((4, 3), (3, 5), (4,)):
-        with pytest.raises((ValueError, RuntimeError)):
+        with pytest.raises(ValueError, match="behind any batch axes"):
             Kronecker(B, A).matvec(torch.ones(shape))
+
+
+def test_factors_need_not_be_symmetric():
+    torch.manual_seed(0)
+    B, A = torch.randn(3, 3).double(), torch.randn(4, 4).double()
+    K, V = Kronecker(B, A), torch.randn(2, 3, 4).double()
+    dense = torch.kron(B, A)
+    close(K.to_dense(), dense)
+    close(K.matvec(V), (V.flatten(1) @ dense.T).view_as(V))
+    close(K.transpose().to_dense(), dense.T)
+    with pytest.raises(ValueError, match=r"factor B is not symmetric: entries differ .* by up to"):
+        K.eigh()
+
+
+def test_transpose_of_diagonals():
+    K = Kronecker(torch.rand(2, 3), torch.rand(2, 4), Axes("(g o) i -> g o i", (("g", 2),)), groups=2)
+    close(K.transpose().to_dense(), K.to_dense())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("method", ["factored", "cholesky"])
+def test_factored_damping(method: str, diagonal: bool, groups: int):
+    torch.manual_seed(0)
+    B, A = definite(groups, 3, False), 5 * definite(groups, 4, diagonal)
+    axes = Axes("(g o) i -> g o i", (("g", groups),))
+    found = Kronecker(B, A, axes, groups).inverse(0.09, method).to_dense()
+    blocks = []
+    for b, a in zip(B.reshape(groups, 3, 3), A.reshape(groups, 4, -1), strict=True):
+        a = a.flatten().diag() if diagonal else a
+        pi = (a.trace() * 3 / (b.trace() * 4)).sqrt()
+        b = b + 0.3 / pi * torch.eye(3).double()
+        a = a + 0.3 * pi * torch.eye(4).double()
+        blocks.append(torch.kron(torch.linalg.inv(b), torch.linalg.inv(a)))
+    close(found, torch.block_diag(*blocks))
+
+
+def test_methods_agree_without_damping():
+    torch.manual_seed(0)
+    K = Kronecker(definite(1, 3, False), definite(1, 4, False))
+    expected = torch.linalg.inv(K.to_dense())
+    for method in ("exact", "factored", "cholesky"):
+        close(K.inverse(method=method).to_dense(), expected)
+    with pytest.raises(ValueError, match="method='lu'; expected one of"):
+        K.inverse(method="lu")
+
+
+def test_a_zero_factor_can_be_damped():
+    K = Kronecker(torch.zeros(2, 2), torch.eye(3))
+    for method in ("exact", "factored", "cholesky"):
+        assert K.inverse(1.0, method).to_dense().isfinite().all()
+
+
+def test_singular_factors_are_named():
+    K = Kronecker(torch.eye(2), torch.ones(3, 3))
+    for method in ("exact", "factored"):
+        with pytest.raises(ValueError, match="factor A: the matrix is singular"):
+            K.inverse(method=method)
+    with pytest.raises(ValueError, match="factor A has no Cholesky decomposition"):
+        Kronecker(torch.eye(2), -torch.eye(3)).inverse(0.1, method="cholesky")
+
+
+def test_a_small_rank_deficient_factor_is_found():
+    """Rounding noise is not taken for eigenvalues."""
+    torch.manual_seed(0)
+    x = torch.randn(10, 40)
+    with pytest.raises(ValueError, match="factor A: the matrix is singular"):
+        Kronecker(torch.eye(2), x.T @ x).inverse()
+
+
+@pytest.mark.parametrize("name", ["eigh", "eigvalsh", "cholesky_ex"])
+def test_retry_in_double_precision(name: str, monkeypatch: pytest.MonkeyPatch):
+    original, seen = getattr(torch.linalg, name), []
+
+    def fails_in_single(M: Tensor):
+        seen.append(M.dtype)
+        if M.dtype != torch.float64:
+            if name == "cholesky_ex":
+                return M, torch.ones(M.shape[:-2], dtype=torch.int32)
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(M)
+
+    monkeypatch.setattr(torch.linalg, name, fails_in_single)
+    K = Kronecker(2 * torch.eye(2), 3 * torch.eye(3))
+    if name == "eigvalsh":
+        close(K.eigenvalues(), torch.full((6,), 6.0))
+    else:
+        inverse = K.inverse(1.0, "exact" if name == "eigh" else "cholesky")
+        assert inverse.dtype == torch.float32
+    assert seen == [torch.float32, torch.float64] * 2
+
+
+def test_no_convergence_at_all(monkeypatch: pytest.MonkeyPatch):
+    def fails(M: Tensor):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(ValueError, match="factor B: the eigendecomposition did not converge"):
+        Kronecker(torch.eye(2), torch.eye(3)).eigh()
+
+
+def test_inner_product():
+    torch.manual_seed(0)
+    for diagonal in (False, True):
+        K = Kronecker(factor(2, 3, False), factor(2, 4, False), Axes("(g o) i -> g o i", (("g", 2),)), 2)
+        L = Kronecker(factor(2, 3, False), factor(2, 4, diagonal), K.axes, 2)
+        close(K.inner(L), (K.to_dense() * L.to_dense()).sum())
+    with pytest.raises(ValueError, match="inner needs two blocks of one shape and layout"):
+        K.inner(Kronecker(torch.eye(3), torch.eye(4)))
+
+
+def test_batches_are_weighted_by_their_rows():
+    torch.manual_seed(0)
+    b, a = torch.randn(7, 3).double(), torch.randn(7, 4).double()
+    parts = [
+        Kronecker(b[k].T @ b[k], a[k].T @ a[k] / len(a[k]), rows=len(a[k]))
+        for k in ([0, 1], [2, 3, 4, 5, 6])
+    ]
+    total = parts[0] + parts[1]
+    close(total.B, b.T @ b)
+    close(total.A, a.T @ a / 7)
+    assert total.rows == 7
+    with pytest.raises(ValueError, match=r"\+ needs two blocks of one shape and layout"):
+        total + Kronecker(torch.eye(3), torch.eye(5))
+    with pytest.raises(ValueError, match=r"\+ needs two blocks of one shape and layout"):
+        total + Kronecker(torch.eye(3), torch.ones(4))
+
+
+def test_eigenvalues_of_different_bases_do_not_add_up():
+    K = Kronecker(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match="a sum needs equal eigenbases"):
+        K.eigh() + Kronecker(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0]])).eigh()
+
+
+@pytest.mark.parametrize(
+    "Q_B, Q_A, values, groups, message",
+    [
+        ((3, 3), (4, 4), (3, 4), 1, "values have shape (3, 4); expected [1, o, i]"),
+        ((3, 3), (4, 4), (1, 3, 4), 2, "expected [2, o, i]"),
+        ((3, 2), (4, 4), (1, 3, 4), 1, "Q_B has shape (3, 2); expected (3, 3)"),
+        ((3, 3), (3, 3), (1, 3, 4), 1, "Q_A has shape (3, 3); expected (4, 4)"),
+        ((2, 3, 3), (4, 4), (2, 3, 4), 2, "Q_A has shape (4, 4); expected (2, 4, 4)"),
+    ],
+)
+def test_wrong_shapes_of_an_eigenform(Q_B, Q_A, values, groups, message: str):
+    with pytest.raises(ValueError) as error:
+        KroneckerEigen(torch.zeros(Q_B), torch.zeros(Q_A), torch.zeros(values), groups=groups)
+    assert message in str(error.value)
+
+
+def test_a_large_sum_has_no_inverse(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("curvature.block.MAX_DENSE", 5)
+    K = KroneckerSum((Kronecker(torch.eye(2), torch.eye(3)), Kronecker(torch.eye(2), torch.eye(3))))
+    close(K.matvec(torch.ones(2, 3)), 2 * torch.ones(2, 3))
+    for call in (K.inverse, K.eigenvalues, K.norm, K.logdet):
+        with pytest.raises(ValueError, match="needs the dense matrix of 6 x 6 entries, more than"):
+            call()
+
+
+def test_wrong_terms_of_a_sum():
+    K = Kronecker(torch.eye(2), torch.eye(3))
+    for terms in ((), (K, Kronecker(torch.eye(3), torch.eye(2))), (Kronecker(K.B, K.A, joint=True),)):
+        with pytest.raises(ValueError, match="expected Kronecker products of one parameter"):
+            KroneckerSum(terms)
+    with pytest.raises(ValueError, match="sums of equally many terms"):
+        KroneckerSum((K, K)) + KroneckerSum((K,))
+
+
+def test_unknown_state():
+    with pytest.raises(ValueError, match="kind='Matrix'; expected one of"):
+        block_from_state_dict({"kind": "Matrix"})
+
+
+def test_dense_blocks_of_other_shapes():
+    with pytest.raises(ValueError, match="expected square, with as many rows as"):
+        DenseBlock(torch.eye(3), (2, 2))
+    with pytest.raises(ValueError, match=r"blocks of parameters of one shape, got \(3,\) and \(4,\)"):
+        DenseBlock(torch.eye(3)) + DenseBlock(torch.eye(4))

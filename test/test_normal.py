@@ -11,4 +11,4 @@ def test_gram(g, r, i):
     x = torch.randn(g, r, i, dtype=torch.float64)
     expected = 0.3 * torch.einsum("gri,grj->gij", x, x)
     torch.testing.assert_close(gram(x, 0.3), expected)
-    assert torch.equal(gram(x), gram(x).mT) or g * r * i < 10**5
+    torch.testing.assert_close(gram(x), gram(x).mT)

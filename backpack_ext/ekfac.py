@@ -1,0 +1,268 @@
+r"""Eigenvalue-corrected Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext.errors import UnsupportedError
+from backpack_ext.extension import Extension
+from backpack_ext.kfac import KFAC
+from backpack_ext.normal import OneHot, square_sum
+from backpack_ext.unit import Unit
+from curvature import Kronecker, KroneckerEigen, KroneckerSum
+
+
+class EKFAC(Extension):
+    r"""Eigenvalue-corrected KFAC: the best matrix that is diagonal in KFAC's eigenbasis.
+
+    With the eigenbases of KFAC's factors, :math:`B = Q_B \Lambda_B Q_B^T` and
+    :math:`A = Q_A \Lambda_A Q_A^T`, and the per-sample vectors ``G[v,n,o,i] = sum_s b a``, the block is
+
+    .. math:: (Q_B \otimes Q_A) \operatorname{diag}(s) (Q_B \otimes Q_A)^T, \qquad
+              s = \sum_{vn} (Q_B^T G_{vn} Q_A)^2,
+
+    of the loss as written, reduction included. Among all matrices with these eigenvectors it is the
+    closest to the block of the (generalised) Gauss-Newton in Frobenius norm, so never farther than
+    KFAC, for layers with a shared axis too: s takes the per-sample sums over positions, in expand
+    and in reduce, which differ in their bases. Each result is a `curvature.KroneckerEigen`.
+
+    Without ``basis``, the bases are those of the same pass, and the layers' inputs and vectors are
+    kept until its end. With ``basis``, only the eigenvalues are computed, layer by layer: decompose
+    the factors now and then, correct the eigenvalues often.
+
+    Args:
+        approx: Which factors give the bases: ``"expand"`` or ``"reduce"``.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``, as in `KFAC`.
+        mc_samples: Number of samples for ``"mc"``.
+        bias: ``"joint"`` or ``"separate"``, as in `KFAC`.
+        generator: Random generator for ``"mc"``; a private one by default.
+        dtype: Data type of the factors; float32 or the network's own if that is wider by default.
+        basis: For each parameter the block whose eigenbasis to use, a `curvature.Kronecker` (decomposed
+            here, once) or `curvature.KroneckerEigen`. ``approx`` and ``bias`` are then those of
+            the given blocks.
+        savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+        max_columns: ``fisher="exact"`` refuses beyond that many columns per datum.
+        max_dim: Largest dense factor dimension.
+        oversize: Beyond ``max_dim``: ``"raise"``, or keep only the ``"diagonal"`` of the factor.
+
+    Raises:
+        ValueError: If an option is none of those listed.
+        TypeError: If ``basis`` maps to something else.
+
+    References:
+        George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored
+        eigenbasis.
+
+    Example:
+        >>> import torch
+        >>> from backpack_ext import EKFAC, backpack, extend
+        >>> model, loss_fn = extend(nn.Linear(2, 1)), extend(nn.MSELoss(reduction="sum"))
+        >>> X = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+        >>> with backpack(EKFAC(fisher="exact")):
+        ...     loss_fn(model(X), torch.zeros(2, 1)).backward()
+        >>> torch.allclose(model.weight.ekfac.to_dense(), 2 * X.T @ X, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        approx: str = "expand",
+        fisher: str = "mc",
+        mc_samples: int = 1,
+        bias: str = "separate",
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        basis: Mapping[nn.Parameter, Kronecker | KroneckerEigen] | None = None,
+        savefield: str = "ekfac",
+        unsupported: str = "raise",
+        max_columns: int = 1000,
+        max_dim: int = 16384,
+        oversize: str = "raise",
+    ):
+        if fisher == "forward":
+            raise ValueError('EKFAC: fisher="forward" has no per-sample vectors to project.')
+        super().__init__(savefield, unsupported, generator)
+        self.kfac = KFAC(
+            approx,
+            fisher,
+            mc_samples,
+            bias,
+            dtype=dtype,
+            savefield=savefield,
+            max_dim=max_dim,
+            oversize=oversize,
+        )
+        self.vectors, self.max_columns = self.kfac.vectors, max_columns
+        self.basis = None if basis is None else {id(p): (p, _eigen(b)) for p, b in basis.items()}
+
+    @property
+    def needs_scale(self) -> bool:
+        """As in KFAC."""
+        return self.kfac.needs_scale
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Project at once if the bases are given; otherwise keep the layer for the end."""
+        self.absorb_all(store, [unit])
+
+    def absorb_all(self, store: dict, units: list[Unit]) -> None:
+        """Take layers of equal shape."""
+        layers = store.setdefault("layers", {})
+        if self.basis is None:
+            self.kfac.absorb_all(store.setdefault("kfac", {}), units)
+        for unit in units:
+            layer = layers.get(unit.key)
+            if layer is None:
+                layer = layers[unit.key] = _Layer(unit)
+            call = (unit.a if "weight" in unit.parameters else None, unit.b, self.kfac.b_factor(unit))
+            if self.basis is None:
+                layer.calls.append(call)
+            else:
+                if not layer.bases:
+                    layer.bases = self._given(unit)
+                layer.add(*(self._cast(t) for t in call[:2]), call[2])
+
+    def _cast(self, t: Tensor | OneHot | None) -> Tensor | OneHot | None:
+        return self.kfac.cast(t) if isinstance(t, Tensor) else t
+
+    def _given(self, unit: Unit) -> dict[str, KroneckerEigen]:
+        """Return the given bases of a layer's parameters, by role."""
+        bases = {}
+        for role, p in unit.parameters.items():
+            if id(p) not in self.basis:
+                raise UnsupportedError(
+                    f"EKFAC: `basis` has no block for the {role} of {unit.sites[0].label}. Pass one "
+                    "for each trainable parameter, or freeze the parameter."
+                )
+            bases[role] = self.basis[id(p)][1]
+        g, o = unit.groups, unit.b.shape[-1]
+        i = 1
+        if "weight" in bases:
+            i = (unit.a.size if isinstance(unit.a, OneHot) else unit.a.shape[-1]) + bases["weight"].joint
+        wanted = {"weight": (g, o, i), "bias": (g, o, 1)}
+        if "weight" in bases and bases["weight"].joint:
+            bases.pop("bias", None)
+        for role, eigen in bases.items():
+            if eigen.sizes != wanted[role]:
+                raise ValueError(
+                    f"EKFAC: `basis` has a block of sizes {eigen.sizes} for the {role} of "
+                    f"{unit.sites[0].label}; expected {wanted[role]} (groups, outputs, inputs)."
+                )
+        return bases
+
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, KroneckerEigen]]:
+        """Build one object per parameter."""
+        layers = store.get("layers", {})
+        if self.basis is None:
+            found = {id(p): block for p, block in self.kfac.finish(store.get("kfac", {}))}
+            for layer in layers.values():
+                layer.bases = _decompose(layer, found)
+                for a, b, factor in layer.calls:
+                    layer.add(self._cast(a), self._cast(b), factor)
+                layer.calls.clear()
+        return [result for layer in layers.values() for result in layer.results()]
+
+    def merge(self, total: dict, store: dict, weight: float) -> None:
+        """Add a batch's eigenvalues.
+
+        Raises:
+            UnsupportedError: If the bases are not given: those of batches differ.
+        """
+        if self.basis is None:
+            raise UnsupportedError(
+                "EKFAC over a data set needs its bases first: collect KFAC, then collect "
+                "EKFAC(basis={parameter: its Kronecker}), a second pass over the data."
+            )
+        layers = total.setdefault("layers", {})
+        for key, layer in store.get("layers", {}).items():
+            other = layers.setdefault(key, layer.emptied())
+            for role, values in layer.values.items():
+                other.values[role] = other.values.get(role, 0) + weight * values
+
+
+class _Layer:
+    """The eigenvalues of one layer's blocks, by role; until they can be had, its calls."""
+
+    def __init__(self, unit: Unit):
+        self.label, self.parameters = unit.sites[0].label, unit.parameters
+        self.calls: list[tuple[Tensor | OneHot | None, Tensor, float]] = []
+        self.bases: dict[str, KroneckerEigen] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def emptied(self) -> _Layer:
+        """Return a layer with the same bases and no eigenvalues."""
+        other = object.__new__(_Layer)
+        other.label, other.parameters, other.bases = self.label, self.parameters, self.bases
+        other.calls, other.values = [], {}
+        return other
+
+    def add(self, a: Tensor | OneHot | None, b: Tensor, factor: float) -> None:
+        """Add the second moments of projected per-sample vectors."""
+        for role, eigen in self.bases.items():
+            rows = b if eigen.Q_B is None else b @ _spread(eigen.Q_B.to(b.dtype), eigen.groups, 2)
+            if role == "weight":
+                values = square_sum(_project_inputs(a, eigen, self.label), rows)
+            else:  # a constant input
+                values = rows.sum(3).square().sum((1, 2)).unsqueeze(-1)
+            values = values * factor
+            old = self.values.get(role)
+            self.values[role] = values if old is None else old + values
+
+    def results(self) -> list[tuple[nn.Parameter, KroneckerEigen]]:
+        """Return one object per parameter; a joint one serves both."""
+        blocks = {role: eigen.corrected(self.values[role]) for role, eigen in self.bases.items()}
+        return [(p, blocks.get(role) or blocks["weight"]) for role, p in self.parameters.items()]
+
+
+def _decompose(layer: _Layer, found: dict[int, Kronecker | KroneckerSum]) -> dict[str, KroneckerEigen]:
+    """Return the eigenbases of a layer's blocks, by role."""
+    blocks = {role: found[id(p)] for role, p in layer.parameters.items()}
+    for block in blocks.values():
+        if isinstance(block, KroneckerSum):
+            raise UnsupportedError(
+                f"EKFAC: {layer.label} shares a parameter with a layer that uses it in another role "
+                "(an embedding tied to a head?), and a sum of Kronecker products has no factored "
+                "eigenbasis. Use KFAC there."
+            )
+    weight, bias = blocks.get("weight"), blocks.get("bias")
+    if weight is None:
+        return {"bias": bias.eigh()}
+    bases = {"weight": weight.eigh()}
+    if bias is not None and bias is not weight:
+        # B is the weight's, which is decomposed already
+        Q_B, shape = bases["weight"].Q_B, (*bases["weight"].sizes[:2], 1)
+        values = bases["weight"].values.new_ones(shape)
+        bases["bias"] = KroneckerEigen(Q_B, None, values, bias.axes, bias.groups)
+    return bases
+
+
+def _project_inputs(a: Tensor | OneHot, eigen: KroneckerEigen, label: str) -> Tensor | OneHot:
+    """Return ``a Q_A``, the constant input appended before for a joint block."""
+    if isinstance(a, OneHot):
+        if eigen.Q_A is not None:
+            raise UnsupportedError(
+                f"EKFAC: the basis for {label} has a dense Q_A, but its inputs are one-hot: A is "
+                "diagonal there."
+            )
+        return a
+    if eigen.joint:
+        a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+    return a if eigen.Q_A is None else a @ _spread(eigen.Q_A.to(a.dtype), eigen.groups, 1)
+
+
+def _spread(basis: Tensor, groups: int, axes: int) -> Tensor:
+    """Add axes between a basis's groups and its matrices."""
+    if groups == 1:
+        return basis
+    return basis.reshape(groups, *[1] * axes, *basis.shape[1:])
+
+
+def _eigen(block) -> KroneckerEigen:
+    if isinstance(block, Kronecker):
+        return block.eigh()
+    if isinstance(block, KroneckerEigen):
+        return block
+    raise TypeError(f"EKFAC: `basis` maps to {block!r}; expected Kronecker or KroneckerEigen.")
