@@ -97,13 +97,8 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
             moved.add(site)
         unit = Unit([site], [g], site.rule)
         for role, p in site.parameters.items():
-            if role == "bias":
-                G, size = (normal.bias_per_sample(b).sum((0, 1)) for b in (unit.b, unit.b.abs()))
-            else:
-                G = normal.per_sample_sum(unit.a, unit.b)
-                a = unit.a if isinstance(unit.a, normal.OneHot) else unit.a.abs()
-                size = normal.per_sample_sum(a, unit.b.abs())
-            sums[id(p)] = sums.get(id(p), 0) + unit.axes(role).to_parameter(G)
+            G, size = _gradient(unit, role)
+            sums[id(p)] = sums.get(id(p), 0) + G
             sizes[id(p)] = sizes.get(id(p), 0) + size.norm()
             owners[id(p)] = site
 
@@ -133,6 +128,23 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
 # By bytes per number: tolerated error relative to a gradient, and relative to its summands' size
 # (gradients may cancel: that of a key's bias in attention is zero).
 _TOLERANCES = {8: (1e-6, 1e-10), 4: (0.01, 1e-3), 2: (0.1, 0.03)}
+
+
+def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:
+    """Return the sum of a parameter's per-sample vectors, and that of their summands' sizes."""
+    if unit.rule.elementwise:
+        b = unit.b[0]
+        G = (b if role == "bias" else b * unit.a).sum((0, 1, 2))
+        # normalised inputs are of size 1, and so are their rounding errors, even where they vanish
+        size = (b.abs() * (1 + unit.a.abs())).sum((0, 1, 2))
+        return G.reshape(unit.parameters[role].shape), size
+    if role == "bias":
+        G, size = (normal.bias_per_sample(b).sum((0, 1)) for b in (unit.b, unit.b.abs()))
+    else:
+        G = normal.per_sample_sum(unit.a, unit.b)
+        a = unit.a if isinstance(unit.a, normal.OneHot) else unit.a.abs()
+        size = normal.per_sample_sum(a, unit.b.abs())
+    return unit.axes(role).to_parameter(G), size
 
 
 def _parameters(site: Site) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from backpack_ext.extension import Extension
 from backpack_ext.kfac import KFAC
 from backpack_ext.normal import OneHot, square_sum
 from backpack_ext.unit import Unit
-from curvature import Kronecker, KroneckerEigen, KroneckerSum
+from curvature import Block, DenseBlock, DiagonalBlock, Kronecker, KroneckerEigen, KroneckerSum
 
 
 class EKFAC(Extension):
@@ -27,7 +27,8 @@ class EKFAC(Extension):
     of the loss as written, reduction included. Among all matrices with these eigenvectors it is the
     closest to the block of the (generalised) Gauss-Newton in Frobenius norm, so never farther than
     KFAC, for layers with a shared axis too: s takes the per-sample sums over positions, in expand
-    and in reduce, which differ in their bases. Each result is a `curvature.KroneckerEigen`.
+    and in reduce, which differ in their bases. Each result is a `curvature.KroneckerEigen`; blocks of
+    norms are those of `KFAC`.
 
     Without ``basis``, the bases are those of the same pass, and the layers' inputs and vectors are
     kept until its end. With ``basis``, only the eigenvalues are computed, layer by layer: decompose
@@ -48,6 +49,7 @@ class EKFAC(Extension):
         max_columns: ``fisher="exact"`` refuses beyond that many columns per datum.
         max_dim: Largest dense factor dimension.
         oversize: Beyond ``max_dim``: ``"raise"``, or keep only the ``"diagonal"`` of the factor.
+        norm: Blocks of norms: ``"dense"`` or ``"diagonal"``.
 
     Raises:
         ValueError: If an option is none of those listed.
@@ -82,6 +84,7 @@ class EKFAC(Extension):
         max_columns: int = 1000,
         max_dim: int = 16384,
         oversize: str = "raise",
+        norm: str = "dense",
     ):
         if fisher == "forward":
             raise ValueError('EKFAC: fisher="forward" has no per-sample vectors to project.')
@@ -95,6 +98,7 @@ class EKFAC(Extension):
             savefield=savefield,
             max_dim=max_dim,
             oversize=oversize,
+            norm=norm,
         )
         self.vectors, self.max_columns = self.kfac.vectors, max_columns
         self.basis = None if basis is None else {id(p): (p, _eigen(b)) for p, b in basis.items()}
@@ -113,6 +117,10 @@ class EKFAC(Extension):
         layers = store.setdefault("layers", {})
         if self.basis is None:
             self.kfac.absorb_all(store.setdefault("kfac", {}), units)
+        if units[0].rule.elementwise:  # KFAC's blocks are exact
+            if self.basis is not None:
+                self.kfac.absorb_all(store.setdefault("kfac", {}), units)
+            return
         for unit in units:
             layer = layers.get(unit.key)
             if layer is None:
@@ -153,17 +161,18 @@ class EKFAC(Extension):
                 )
         return bases
 
-    def finish(self, store: dict) -> list[tuple[nn.Parameter, KroneckerEigen]]:
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Block]]:
         """Build one object per parameter."""
-        layers = store.get("layers", {})
+        layers, kfac = store.get("layers", {}), self.kfac.finish(store.get("kfac", {}))
         if self.basis is None:
-            found = {id(p): block for p, block in self.kfac.finish(store.get("kfac", {}))}
+            found = {id(p): block for p, block in kfac}
             for layer in layers.values():
                 layer.bases = _decompose(layer, found)
                 for a, b, factor in layer.calls:
                     layer.add(self._cast(a), self._cast(b), factor)
                 layer.calls.clear()
-        return [result for layer in layers.values() for result in layer.results()]
+        norms = [(p, block) for p, block in kfac if isinstance(block, (DenseBlock, DiagonalBlock))]
+        return [*norms, *(result for layer in layers.values() for result in layer.results())]
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add a batch's eigenvalues.
@@ -181,6 +190,7 @@ class EKFAC(Extension):
             other = layers.setdefault(key, layer.emptied())
             for role, values in layer.values.items():
                 other.values[role] = other.values.get(role, 0) + weight * values
+        self.kfac.merge(total.setdefault("kfac", {}), store.get("kfac", {}), weight)
 
 
 class _Layer:

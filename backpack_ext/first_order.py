@@ -50,7 +50,9 @@ class PerSample(Extension):
             if entry is None:
                 entry = store[id(p)] = _Entry(p, unit.batch)
             if self._other_roles(unit, p):
-                entry.add_grads(unit, role)
+                entry.add_grads(unit.grads(role))
+            elif unit.rule.elementwise:
+                self._add_whole(entry, unit.grads(role))
             elif role == "bias":
                 entry.add(self._placed(self.of_grads(normal.bias_per_sample(unit.b)), unit, role))
             else:
@@ -59,8 +61,8 @@ class PerSample(Extension):
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
         """Treat layers of equal shape as the groups of one layer."""
         unit = units[0]
-        alone = len(units) == 1 or unit.sites[0].shared or isinstance(unit.a, normal.OneHot)
-        if alone:
+        alone = len(units) == 1 or unit.sites[0].shared or unit.rule.elementwise
+        if alone or isinstance(unit.a, normal.OneHot):
             super().absorb_all(store, units)
             return
         b = stack_vectors(units)
@@ -92,13 +94,17 @@ class PerSample(Extension):
         """Evaluate what waited for other roles: all of them have brought their vectors."""
         for entry in store.values():
             if entry.grads is not None:
-                v, n = entry.grads.shape[:2]
-                value = self.of_grads(entry.grads.reshape(v, n, 1, 1, -1))
-                if self.per_entry:
-                    entry.add(value.reshape(*value.shape[:-3], *entry.parameter.shape))
-                else:
-                    entry.add(value[0])
+                self._add_whole(entry, entry.grads)
                 entry.grads = None
+
+    def _add_whole(self, entry: _Entry, G: Tensor) -> None:
+        """Add the quantity of per-sample vectors ``G[v,n,*parameter.shape]``."""
+        v, n = G.shape[:2]
+        value = self.of_grads(G.reshape(v, n, 1, 1, -1))
+        if self.per_entry:
+            entry.add(value.reshape(*value.shape[:-3], *entry.parameter.shape))
+        else:
+            entry.add(value[0])
 
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the sums."""
@@ -132,12 +138,7 @@ class _Entry:
     def add(self, value: Tensor) -> None:
         self.value = value if self.value is None else self.value + value
 
-    def add_grads(self, unit: Unit, role: str) -> None:
-        if role == "bias":
-            G = normal.bias_per_sample(unit.b)
-        else:
-            G = normal.per_sample(unit.a, unit.b)
-        G = unit.axes(role).to_parameter(G)
+    def add_grads(self, G: Tensor) -> None:
         self.grads = G if self.grads is None else self.grads + G
 
 

@@ -113,13 +113,21 @@ def walk(start: Node) -> Reach:
             behind[node] = True
         else:
             behind[node] = upstream
-            if hasattr(node, "_saved_training") and "BatchNorm" in node.name() and node._saved_training:
-                reach.coupled.append(node.name())
+        if hasattr(node, "_saved_training") and _couples(node):
+            reach.coupled.append(node.name())
     reach.nodes = behind.keys()
     for site, captures in reach.sites.items():
         if not site.depends_on_parameters:
             _find_broadcast(site, captures, consumers)
     return reach
+
+
+def _couples(node: Node) -> bool:
+    """Whether a node is a batch norm in training mode."""
+    if "BatchNorm" not in node.name() or not node._saved_training:
+        return False
+    # an instance norm is a batch norm of one datum with N C channels
+    return node._input_metadata[0].shape[0] > 1
 
 
 # Nodes that only reshape or cast, and those that add axes in front.

@@ -7,17 +7,19 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
+from backpack_ext.elementwise_block import ElementwiseLayer
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.normal import OneHot, gram
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_inputs, stack_vectors
-from curvature import Kronecker, KroneckerSum
+from curvature import Block, Kronecker, KroneckerSum
 
 APPROX = ("expand", "reduce")
 FISHER = ("exact", "mc", "empirical", "forward")
 BIAS = ("joint", "separate")
 OVERSIZE = ("raise", "diagonal")
+NORM = ("dense", "diagonal")
 
 
 class KFAC(Extension):
@@ -39,6 +41,10 @@ class KFAC(Extension):
     two biases, gets a `curvature.KroneckerSum`, without cross terms. An embedding's A is diagonal,
     also in reduce, where that drops the off-diagonal entries of ``abar abar^T``.
 
+    Scale and shift of a norm have no Kronecker structure. Each has its own exact block
+    ``sum_vn G G^T`` of per-sample vectors, a `curvature.DenseBlock`, or its diagonal, a
+    `curvature.DiagonalBlock`; whatever ``approx`` and ``bias`` say.
+
     Args:
         approx: ``"expand"`` or ``"reduce"``.
         fisher: Vectors that are backpropagated: ``"exact"`` (all columns of the loss-Hessian
@@ -55,6 +61,7 @@ class KFAC(Extension):
         max_columns: ``fisher="exact"`` refuses beyond that many columns per datum.
         max_dim: Largest dense factor dimension.
         oversize: Beyond ``max_dim``: ``"raise"``, or keep only the ``"diagonal"`` of the factor.
+        norm: Blocks of norms: ``"dense"`` or ``"diagonal"``.
 
     Raises:
         ValueError: If an option is none of those listed.
@@ -89,12 +96,14 @@ class KFAC(Extension):
         max_columns: int = 1000,
         max_dim: int = 16384,
         oversize: str = "raise",
+        norm: str = "dense",
     ):
         for name, value, allowed in (
             ("approx", approx, APPROX),
             ("fisher", fisher, FISHER),
             ("bias", bias, BIAS),
             ("oversize", oversize, OVERSIZE),
+            ("norm", norm, NORM),
         ):
             if value not in allowed:
                 raise ValueError(f"KFAC: {name}={value!r}; expected one of {allowed}.")
@@ -102,7 +111,7 @@ class KFAC(Extension):
         super().__init__(savefield, unsupported, generator)
         self.approx, self.fisher, self.bias = approx, fisher, bias
         self.dtype, self.max_columns = dtype, max_columns
-        self.max_dim, self.oversize = max_dim, oversize
+        self.max_dim, self.oversize, self.norm = max_dim, oversize, norm
         kinds = {"empirical": "gradient", "forward": "none"}
         self.vectors = Vectors(kinds.get(fisher, fisher), mc_samples)
         # one column for all data mixes them where a layer couples them; independent samples do not
@@ -115,6 +124,9 @@ class KFAC(Extension):
 
     def absorb(self, store: dict, unit: Unit) -> None:
         """Add ``sum b b^T`` of one layer, and form A unless an earlier chunk has."""
+        if unit.rule.elementwise:
+            self._absorb_elementwise(store, unit)
+            return
         layer = store.get(unit.key)
         if layer is None:
             layer = store[unit.key] = _Layer(unit)
@@ -136,11 +148,26 @@ class KFAC(Extension):
             else:
                 self._add_inputs(layer, unit)
 
+    def _absorb_elementwise(self, store: dict, unit: Unit) -> None:
+        layer = store.get(unit.key)
+        if layer is None:
+            layer = store[unit.key] = ElementwiseLayer(unit)
+            dim = max(p.numel() for p in unit.parameters.values())
+            layer.dense = self.norm == "dense" and self._fits(dim, "block", unit)
+        for role, p in unit.parameters.items():
+            if self.fisher != "forward":
+                layer.add(role, self.cast(unit.grads(role)), self.b_factor(unit))
+            elif role not in layer.means:
+                a = self._a_rows(unit.a)[0]
+                a = torch.ones_like(a) if role == "bias" else a
+                layer.add_inputs(role, a.reshape(len(a), *p.shape))
+
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
         """Form the factors of layers of equal shape in single products."""
         unit = units[0]
-        alone = len(units) == 1 or unit.sites[0].shared or isinstance(unit.a, OneHot)
-        if alone or "weight" not in unit.parameters or self.fisher == "forward":
+        alone = len(units) == 1 or unit.sites[0].shared or unit.rule.elementwise
+        alone = alone or "weight" not in unit.parameters or self.fisher == "forward"
+        if alone or isinstance(unit.a, OneHot):
             super().absorb_all(store, units)
             return
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
@@ -209,14 +236,20 @@ class KFAC(Extension):
 
     def _second_moment(self, x: Tensor, unit: Unit, factor: str, scale: float) -> Tensor:
         """Return ``scale sum_r x x^T`` of ``x[g,r,d]``, ``[g,d,d]``; its diagonal if too large."""
-        dim = x.shape[-1]
-        if dim <= self.max_dim:
+        if self._fits(x.shape[-1], f"factor {factor}", unit):
             return gram(x, scale)
+        return scale * x.square().sum(1)
+
+    def _fits(self, dim: int, what: str, unit: Unit) -> bool:
+        """Whether a dense matrix may be formed; raise unless its diagonal is wanted instead."""
+        if dim <= self.max_dim:
+            return True
         if self.oversize == "diagonal":
-            return scale * x.square().sum(1)
+            return False
+        size = self._dtype(next(iter(unit.parameters.values()))).itemsize
         raise UnsupportedError(
-            f"KFAC: factor {factor} of {unit.sites[0].label} would be {dim} x {dim} "
-            f"({dim * dim * x.element_size() / 2**30:.1f} GiB), above max_dim={self.max_dim}. Pass "
+            f"KFAC: {what} of {unit.sites[0].label} would be {dim} x {dim} "
+            f"({dim * dim * size / 2**30:.1f} GiB), above max_dim={self.max_dim}. Pass "
             'oversize="diagonal" to keep its diagonal, or raise max_dim.'
         )
 
@@ -232,16 +265,20 @@ class KFAC(Extension):
         """Whether a layer's bias is part of its weight's block."""
         return self.bias == "joint" and len(parameters) == 2
 
-    def finish(self, store: dict) -> list[tuple[nn.Parameter, Kronecker]]:
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Block]]:
         """Build one object per parameter."""
-        found: dict[int, tuple[nn.Parameter, Kronecker | KroneckerSum]] = {}
+        found: dict[int, tuple[nn.Parameter, Block]] = {}
         ones: dict[tuple, Tensor] = {}
         for layer in store.values():
-            self.join_later(layer)
-            for parameter, block in self._blocks(layer, ones):
+            if isinstance(layer, ElementwiseLayer):
+                blocks = layer.blocks()
+            else:
+                self.join_later(layer)
+                blocks = self._blocks(layer, ones)
+            for parameter, block in blocks:
                 other = found.get(id(parameter))
                 if other is not None:
-                    block = KroneckerSum((*_terms(other[1]), block))
+                    block = _sum(other[1], block, parameter)
                 found[id(parameter)] = (parameter, block)
         return list(found.values())
 
@@ -285,12 +322,9 @@ class KFAC(Extension):
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add a batch: B is linear in the loss, A a mean over rows."""
         for key, layer in store.items():
-            self.join_later(layer)
-            other = total.setdefault(key, layer.emptied())
-            if layer.B is not None:
-                other.add_B(layer.B * weight)
-            if layer.A is not None:
-                other.add_A(layer.A, layer.mean, layer.rows)
+            if not isinstance(layer, ElementwiseLayer):
+                self.join_later(layer)
+            layer.merge_into(total, key, weight)
 
 
 class _Layer:
@@ -327,11 +361,29 @@ class _Layer:
             mean = None if mean is None else self.mean + part * (mean - self.mean)
         self.A, self.mean, self.rows = A, mean, self.rows + rows
 
-    def emptied(self) -> _Layer:
-        """Return a layer of the same parameters with nothing in it."""
-        other = copy(self)
-        other.sites, other.A, other.B, other.mean, other.rows = {}, None, None, None, 0
-        return other
+    def merge_into(self, total: dict, key: tuple, weight: float) -> None:
+        """Add a batch's factors, B put on the total's scale."""
+        other = total.get(key)
+        if other is None:
+            other = total[key] = copy(self)
+            other.sites, other.A, other.B, other.mean, other.rows = {}, None, None, None, 0
+        if self.B is not None:
+            other.add_B(self.B * weight)
+        if self.A is not None:
+            other.add_A(self.A, self.mean, self.rows)
+
+
+def _sum(one: Block, other: Block, parameter: nn.Parameter) -> Block:
+    """Return the block of a parameter in two roles, without cross terms."""
+    kinds = (Kronecker, KroneckerSum)
+    if isinstance(one, kinds) and isinstance(other, kinds):
+        return KroneckerSum((*_terms(one), *_terms(other)))
+    if type(one) is type(other):
+        return one + other
+    raise UnsupportedError(
+        f"KFAC: a parameter of shape {tuple(parameter.shape)} is used both by a norm and by another "
+        "kind of layer; their blocks have no common form."
+    )
 
 
 def _terms(block: Kronecker | KroneckerSum) -> tuple[Kronecker, ...]:

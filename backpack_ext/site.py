@@ -40,6 +40,7 @@ class Site:
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
+        note: What the rule noted in the forward, besides the input (running statistics, say).
         checks: How many checks each reading of this layer's rows still needs, see `reading`.
     """
 
@@ -55,6 +56,7 @@ class Site:
         "error",
         "module",
         "name",
+        "note",
         "out_shape",
         "output_nr",
         "parameters",
@@ -82,6 +84,7 @@ class Site:
         self.error: str | None = None
         self.broadcast = False
         self.checks = checks
+        self.note = None if rule is None else rule.note(module)
         self._live = True
         for p in parameters.values():
             key = id(p)

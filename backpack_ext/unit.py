@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from backpack_ext.normal import OneHot, cat_inputs
+from backpack_ext.normal import OneHot, bias_per_sample, cat_inputs, per_sample
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
@@ -17,7 +17,8 @@ class Unit:
     """The normal form of one layer: ``a[g,n,s,i]`` and ``b[g,v,n,s,o]``.
 
     Several calls of one layer are one unit whose shared axis concatenates the calls' axes. Indices:
-    g group, n datum, s shared position, i input feature, o output feature, v vector.
+    g group, n datum, s shared position, i input feature, o output feature, v vector. An elementwise
+    layer has one group, and i = o counts its features.
 
     Args:
         sites: The calls, all of the same parameters in the same roles.
@@ -72,6 +73,15 @@ class Unit:
             parts = [_with_group(self.rule.cotangents(site, g), 4) for site, g in calls]
             self._b = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
         return self._b
+
+    def grads(self, role: str) -> Tensor:
+        """Return the per-sample vectors ``sum_s b a`` of a parameter, ``[v,n,*parameter.shape]``."""
+        if self.rule.elementwise:
+            b = self.b[0]
+            G = (b if role == "bias" else b * self.a).sum(2)
+            return G.reshape(*G.shape[:2], *self.parameters[role].shape)
+        G = bias_per_sample(self.b) if role == "bias" else per_sample(self.a, self.b)
+        return self.axes(role).to_parameter(G)
 
     def axes(self, role: str) -> Axes:
         """Return how a parameter's axes form the matrix of the normal form."""

@@ -107,25 +107,25 @@ def test_uncovered_parameters_are_named():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.token, self.norm = nn.Parameter(torch.zeros(4)), nn.LayerNorm(4)
-            self.head, self.unused = nn.Linear(4, 3), nn.LayerNorm(9)
+            self.token, self.slope = nn.Parameter(torch.zeros(4)), nn.PReLU(4)
+            self.head, self.unused = nn.Linear(4, 3), nn.PReLU(9)
 
         def forward(self, x):
-            return self.head(self.norm(x + self.token))
+            return self.head(self.slope(x + self.token))
 
     model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
     with pytest.raises(UnsupportedError) as error, backpack(KFAC()):
         loss_fn(model(x), y).backward()
-    for part in ("token of Net", "norm.weight of LayerNorm", "norm.bias of LayerNorm", "register_rule"):
+    for part in ("token of Net", "slope.weight of PReLU", "register_rule"):
         assert part in str(error.value)
     assert "unused" not in str(error.value) and "head" not in str(error.value)
-    warns = pytest.warns(UserWarning, match=r"norm\.weight of LayerNorm")
+    warns = pytest.warns(UserWarning, match=r"slope\.weight of PReLU")
     with warns, backpack(KFAC(unsupported="warn")):
         loss_fn(model(x), y).backward()
     with backpack(KFAC(unsupported="skip")):
         loss_fn(model(x), y).backward()
-    assert hasattr(model.head.weight, "kfac") and not hasattr(model.norm.weight, "kfac")
+    assert hasattr(model.head.weight, "kfac") and not hasattr(model.slope.weight, "kfac")
 
 
 def test_parametrised_weight_is_named():

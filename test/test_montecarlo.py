@@ -59,7 +59,7 @@ def results(problem: Problem, *exts) -> dict[str, Tensor]:
                 found[f"{name} diagonal"] = value
                 continue
             for k, term in enumerate(getattr(value, "terms", (value,))):
-                found[f"{name} {ext.approx} {k}"] = term.B
+                found[f"{name} {ext.approx} {k}"] = term.B if hasattr(term, "B") else term.matrix
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 from models import CASES, Problem
 from oracle import (
     LAYERS,
+    NORMS,
     close,
     ggn_diag,
     kfac_factors,
@@ -67,8 +68,9 @@ def layers(problem: Problem) -> dict[str, nn.Module]:
 
 
 def covered(problem: Problem) -> dict[str, nn.Parameter]:
-    """The parameters that belong to affine layers, by their first name."""
-    inside = {id(p) for m in layers(problem).values() for p in m.parameters()}
+    """The parameters that belong to affine layers and norms, by their first name."""
+    modules = [m for m in problem.model.modules() if isinstance(m, (*LAYERS, *NORMS))]
+    inside = {id(p) for m in modules for p in m.parameters()}
     return {k: p for k, p in problem.model.named_parameters() if id(p) in inside}
 
 
@@ -186,10 +188,10 @@ def test_forward_factors(name: str, approx: str):
 
 
 def test_other_parameters_get_nothing():
-    """Class token, positions and norms have no rule here, and were to be skipped."""
+    """Class token and positions have no rule here, and were to be skipped."""
     problem = computed("vit_params", "mean")
     others = set(problem.model.parameters()) - set(covered(problem).values())
-    assert len(others) == 8
+    assert len(others) == 2
     fields = ("grad_batch", "diag_ggn_exact", *KFACS)
     assert not any(hasattr(p, field) for p in others for field in fields)
 

@@ -4,13 +4,27 @@ from torch import nn
 
 from backpack_ext.rules.affine import ConvRule, ConvTransposeRule, EmbeddingRule, LinearRule
 from backpack_ext.rules.base import RULES, Rule, find_rule, register_rule
+from backpack_ext.rules.elementwise import (
+    BatchNormRule,
+    ElementwiseRule,
+    GroupNormRule,
+    InstanceNormRule,
+    LayerNormRule,
+    RMSNormRule,
+)
 
 __all__ = [
     "RULES",
+    "BatchNormRule",
     "ConvRule",
     "ConvTransposeRule",
+    "ElementwiseRule",
     "EmbeddingRule",
+    "GroupNormRule",
+    "InstanceNormRule",
+    "LayerNormRule",
     "LinearRule",
+    "RMSNormRule",
     "Rule",
     "find_rule",
     "register_rule",
@@ -26,5 +40,14 @@ RULES.update(
         nn.ConvTranspose2d: ConvTransposeRule(2),
         nn.ConvTranspose3d: ConvTransposeRule(3),
         nn.Embedding: EmbeddingRule(),
+        nn.LayerNorm: LayerNormRule(),
+        nn.RMSNorm: RMSNormRule(),
+        nn.GroupNorm: GroupNormRule(),
+        nn.BatchNorm1d: BatchNormRule(),
+        nn.BatchNorm2d: BatchNormRule(),
+        nn.BatchNorm3d: BatchNormRule(),
+        nn.InstanceNorm1d: InstanceNormRule(),
+        nn.InstanceNorm2d: InstanceNormRule(),
+        nn.InstanceNorm3d: InstanceNormRule(),
     }
 )

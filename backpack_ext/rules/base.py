@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -37,6 +37,12 @@ class Rule(ABC):
 
     weight: str = "weight"
     bias: str | None = "bias"
+    # Whether W is diagonal, one weight per feature: see `ElementwiseRule`.
+    elementwise: bool = False
+
+    def note(self, module: nn.Module) -> Any:
+        """Return what else the forward pass depends on and may change until the backward."""
+        return None
 
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the module's trainable parameters by role, ``"weight"`` and ``"bias"``.
