@@ -134,7 +134,7 @@ def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:
     """Return the sum of a parameter's per-sample vectors, and that of their summands' sizes."""
     if unit.rule.elementwise:
         b = unit.b[0]
-        G = (b if role == "bias" else b * unit.a).sum((0, 1, 2))
+        G = (b * unit.a if role == "weight" else b).sum((0, 1, 2))
         # normalised inputs are of size 1, and so are their rounding errors, even where they vanish
         size = (b.abs() * (1 + unit.a.abs())).sum((0, 1, 2))
         return G.reshape(unit.parameters[role].shape), size

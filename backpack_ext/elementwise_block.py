@@ -29,7 +29,7 @@ class ElementwiseLayer:
     def add(self, role: str, G: Tensor, factor: float) -> None:
         """Add ``factor`` times the outer products of ``G[v,n,*shape]``, or their diagonals."""
         if self.dense:
-            value = gram(G.flatten(2).flatten(0, 1)[None], factor)[0]
+            value = gram(G.reshape(1, G.shape[0] * G.shape[1], -1), factor)[0]
         else:
             value = factor * G.square().sum((0, 1))
         old = self.sums.get(role)

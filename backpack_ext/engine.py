@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack_ext.bare import add_bare
 from backpack_ext.check import check_layers
 from backpack_ext.context import (
     CollectingHook,
@@ -124,6 +125,7 @@ class BackwardPass(Receiver):
         self.nodes: list[Collection[Node]] = []  # visited by walks
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
+        self.bare: dict[int, Site] = {}  # Sites of parameters outside of layers, by id
         self.pending = Pending()
         self.handles: list = []
         self.hook = CollectingHook()
@@ -145,9 +147,15 @@ class BackwardPass(Receiver):
                 "backpack_ext.attach_loss."
             )
         reach = walk(call.start.node)
-        batch = self._check_reach(call.label, reach)
+        batch = self._batch(call.label, reach)
         if call.z.numel() == 0:
             raise empty_batch(call.label)
+        layout = None
+        if reach.sites and call.z.shape[:1].numel() % batch == 0:
+            layout = call.layout(batch)
+        with self._quiet(call.z.device.type):
+            add_bare(reach, call.start, layout, call.z, self.bare)
+        self._check_reach(reach)
         if seeds or scaled or _sink is not None:
             call.check()
             self._note_scale(call, grad, scaled)
@@ -155,7 +163,6 @@ class BackwardPass(Receiver):
             self.unscaled.pop(site, None)
         self._tap(reach)
         if reach.sites:
-            layout = call.layout(batch) if call.z.shape[:1].numel() % batch == 0 else None
             with self._quiet(call.z.device.type):
                 check_layers(call.start, reach, layout, call.z)
         for group in _by_sweep(seeds):
@@ -169,15 +176,18 @@ class BackwardPass(Receiver):
         if any(node in nodes for nodes in self.nodes):
             return
         reach = walk(node)
-        batch = self._check_reach("the model's output", reach)
+        # hooks on tensors know the node but not which of its outputs; only the first is checked
+        layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
+        batch = self._batch("the model's output", reach)
+        if reach.sites and first and grad.dim() and grad.shape[0] % batch == 0:
+            axis = next(iter(reach.sites)).batch_axis
+            layout = Layout(grad.shape, batch, min(axis, 1), None)
+        with self._quiet(grad.device.type):
+            add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
+        self._check_reach(reach)
         self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
         self._tap(reach)
-        # hooks on tensors know the node but not which of its outputs; only the first is checked
-        if reach.sites and tuple(node._input_metadata[0].shape) == tuple(grad.shape):
-            layout = None
-            if grad.dim() and grad.shape[0] % batch == 0:
-                axis = next(iter(reach.sites)).batch_axis
-                layout = Layout(grad.shape, batch, min(axis, 1), None)
+        if reach.sites and first:
             with self._quiet(grad.device.type):
                 check_layers(GradientEdge(node, 0), reach, layout, grad)
 
@@ -210,8 +220,8 @@ class BackwardPass(Receiver):
 
     # ------------------------------------------------------------------ checks
 
-    def _check_reach(self, start: str, reach: Reach) -> int:
-        """Check what a loss or output depends on; return the batch size."""
+    def _batch(self, start: str, reach: Reach) -> int:
+        """Return the batch size that all layers agree on."""
         self.nodes.append(reach.nodes)
         batches = {site.batch: site for sites in (self.sites, reach.sites) for site in sites}
         if len(batches) > 1:
@@ -224,6 +234,10 @@ class BackwardPass(Receiver):
         batch = next(iter(batches), 1)
         if batch == 0:
             raise empty_batch(start)
+        return batch
+
+    def _check_reach(self, reach: Reach) -> None:
+        """Check what a loss or output depends on."""
         for ext in self.extensions:
             check_coverage(ext, reach.sites, reach.parameters)
             if reach.coupled and ext.needs_independent_samples:
@@ -232,7 +246,6 @@ class BackwardPass(Receiver):
                     "model contains a batch norm in training mode, which couples the data of a "
                     "batch. Call eval() on the batch norm modules, or use another norm."
                 )
-        return batch
 
     def _check_losses(self) -> None:
         """Name the missing loss for extensions that need one."""

@@ -102,7 +102,7 @@ class PerSample(Extension):
         v, n = G.shape[:2]
         value = self.of_grads(G.reshape(v, n, 1, 1, -1))
         if self.per_entry:
-            entry.add(value.reshape(*value.shape[:-3], *entry.parameter.shape))
+            entry.add(value.reshape((*value.shape[:-3], *entry.parameter.shape)))
         else:
             entry.add(value[0])
 

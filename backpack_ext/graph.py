@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -25,10 +25,13 @@ class Capture:
     Args:
         edge: Usually the edge of the layer's own output.
         factor: Multiplies what arrives there.
+        vectors: Maps ``(node, output number, what arrived)`` to the Site's vectors, where these
+            are not what arrives: for parameters outside of layers.
     """
 
     edge: GradientEdge
     factor: float = 1.0
+    vectors: Callable[[Node, int, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)

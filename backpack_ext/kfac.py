@@ -159,7 +159,7 @@ class KFAC(Extension):
                 layer.add(role, self.cast(unit.grads(role)), self.b_factor(unit))
             elif role not in layer.means:
                 a = self._a_rows(unit.a)[0]
-                a = torch.ones_like(a) if role == "bias" else a
+                a = a if role == "weight" else torch.ones_like(a)
                 layer.add_inputs(role, a.reshape(len(a), *p.shape))
 
     def absorb_all(self, store: dict, units: list[Unit]) -> None:

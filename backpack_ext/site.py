@@ -101,7 +101,7 @@ class Site:
     @property
     def reading(self) -> tuple[int, bool]:
         """How the rows are read: the output's dimensions, and whether it leads with the data."""
-        return len(self.out_shape), self.out_shape[0] == self.batch
+        return len(self.out_shape), self.out_shape[:1] == (self.batch,)
 
     @property
     def shared(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -79,24 +80,39 @@ class _SweepReceiver(Receiver):
         self.consumer(site, g)
 
 
+@contextmanager
+def silent():
+    """Have taps pass over what a nested backward pass brings."""
+    outer, Receiver.active = Receiver.active, Receiver({})
+    try:
+        yield
+    finally:
+        Receiver.active = outer
+
+
 class Tap:
     """A hook on a graph node that sends a Site's vectors to the pass that is running.
 
     The node owns it, so it holds neither the node nor, strongly, the pass that placed it.
     """
 
-    __slots__ = ("factor", "main", "output_nr", "site")
+    __slots__ = ("factor", "main", "output_nr", "site", "vectors")
 
     def __init__(self, site: Site, capture: Capture, main: weakref.ref[Receiver]):
         self.site, self.main = site, main
         self.output_nr, self.factor = capture.edge.output_nr, capture.factor
+        self.vectors = capture.vectors
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradient at the Site's output among those at the node's outputs."""
         g = grads[self.output_nr]
         receiver = Receiver.active or self.main()
         if g is not None and receiver is not None and self.site in receiver.sites:
-            receiver.receive(self.site, self.factor, g.unsqueeze(0))
+            g = g.unsqueeze(0)
+            if self.vectors is not None:
+                with silent():
+                    g = self.vectors(torch._C._current_autograd_node(), self.output_nr, g)
+            receiver.receive(self.site, self.factor, g)
 
 
 def sweep(
@@ -178,11 +194,11 @@ def _chunk(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver, s
     """Send several columns, and hand each Site all of its vectors at once."""
     places = [(site, capture) for site, captures in reach.sites.items() for capture in captures]
     edges = [capture.edge for _, capture in places]
-    outer, Receiver.active = Receiver.active, Receiver({})  # taps are to be silent
-    try:
+    with silent():
         vectors = _vectorised(start, edges, seeds) if small else _looped(start, edges, seeds)
-    finally:
-        Receiver.active = outer
+        for k, (_, capture) in enumerate(places):
+            if capture.vectors is not None and vectors[k] is not None:
+                vectors[k] = capture.vectors(capture.edge.node, capture.edge.output_nr, vectors[k])
     receiver = _SweepReceiver(reach.sites, deliver)
     for (site, capture), g in zip(places, vectors, strict=True):
         if g is not None:
@@ -190,19 +206,18 @@ def _chunk(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver, s
     _check_all(reach, receiver)
 
 
-def _vectorised(start: GradientEdge, edges: list[GradientEdge], seeds: Tensor) -> Sequence:
+def _vectorised(start: GradientEdge, edges: list[GradientEdge], seeds: Tensor) -> list:
     try:
         with warnings.catch_warnings():
             # torch loops over the columns by itself where an operation has no batching rule
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.autograd.grad(
-                [start], edges, [seeds], retain_graph=True, is_grads_batched=True, allow_unused=True
-            )
+            options = {"retain_graph": True, "is_grads_batched": True, "allow_unused": True}
+            return list(torch.autograd.grad([start], edges, [seeds], **options))
     except RuntimeError:  # a custom autograd.Function that cannot be vectorised, for instance
         return _looped(start, edges, seeds)
 
 
-def _looped(start: GradientEdge, edges: list[GradientEdge], seeds: Tensor) -> Sequence:
+def _looped(start: GradientEdge, edges: list[GradientEdge], seeds: Tensor) -> list:
     columns = [
         torch.autograd.grad([start], edges, [seed], retain_graph=True, allow_unused=True)
         for seed in seeds

@@ -78,7 +78,7 @@ class Unit:
         """Return the per-sample vectors ``sum_s b a`` of a parameter, ``[v,n,*parameter.shape]``."""
         if self.rule.elementwise:
             b = self.b[0]
-            G = (b if role == "bias" else b * self.a).sum(2)
+            G = (b * self.a if role == "weight" else b).sum(2)
             return G.reshape(*G.shape[:2], *self.parameters[role].shape)
         G = bias_per_sample(self.b) if role == "bias" else per_sample(self.a, self.b)
         return self.axes(role).to_parameter(G)

@@ -1,28 +1,48 @@
 """Structured curvature matrices: the mathematics of what a backward pass extracts.
 
 This package knows no ``torch.nn.Module``. A `Block` is the curvature of one parameter (or of a weight
-with its bias), a `BlockDiagonalOperator` that of a model.
+with its bias), a `BlockDiagonalOperator` that of a model. A `StructuredMatrix` is what optimizers keep
+in place of a dense one.
 """
 
 from curvature.axes import BIAS, MATRIX, Axes
 from curvature.block import Block
+from curvature.block_diagonal import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 from curvature.dense import DenseBlock, DiagonalBlock
 from curvature.eigen import KroneckerEigen
+from curvature.hierarchical import Hierarchical, RankKLower, RankKUpper
 from curvature.kronecker import Kronecker
 from curvature.kronecker_sum import KroneckerSum
 from curvature.operator import BlockDiagonalOperator
 from curvature.storage import block_from_state_dict
+from curvature.structured import NaiveWarning, StructuredMatrix
+from curvature.structures import STRUCTURES
+from curvature.toeplitz import LowerToeplitz, UpperToeplitz
+from curvature.triangular import LowerTriangular, UpperTriangular
 
 __all__ = [
     "BIAS",
     "MATRIX",
+    "STRUCTURES",
     "Axes",
     "Block",
+    "BlockDiagonalMatrix",
     "BlockDiagonalOperator",
     "DenseBlock",
+    "DenseMatrix",
     "DiagonalBlock",
+    "DiagonalMatrix",
+    "Hierarchical",
     "Kronecker",
     "KroneckerEigen",
     "KroneckerSum",
+    "LowerToeplitz",
+    "LowerTriangular",
+    "NaiveWarning",
+    "RankKLower",
+    "RankKUpper",
+    "StructuredMatrix",
+    "UpperToeplitz",
+    "UpperTriangular",
     "block_from_state_dict",
 ]

@@ -227,7 +227,7 @@ def raised(owner: str, values: Tensor, exponent: float, damping: float) -> Tenso
 def split(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
     """Cut flat vectors ``[..., p]`` into parameter-shaped tensors ``[..., *shape]``."""
     parts = flat.split([shape.numel() for shape in shapes], dim=-1)
-    return tuple(t.reshape(*flat.shape[:-1], *s) for t, s in zip(parts, shapes, strict=True))
+    return tuple(t.reshape((*flat.shape[:-1], *s)) for t, s in zip(parts, shapes, strict=True))
 
 
 def join(parts: Parts, shapes: Sequence[torch.Size]) -> Tensor:

@@ -21,7 +21,7 @@ from digits_curvature import (
     factor_rows,
     kronecker,
     noise_rows,
-    uncovered,
+    other_rows,
 )
 from digits_models import ConvNet, ViT
 from digits_plots import draw
@@ -101,6 +101,8 @@ def show_layers(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> N
 
     print(f"\nOne backward pass over {len(x)} images: Kronecker factors (KFAC, one sample)\n")
     table(FACTOR_HEADER, factor_rows(model))
+    print("\nParameters without Kronecker structure have exact blocks of the sampled vectors\n")
+    table({"": ["parameter", "shape", "block", "trace"]}, other_rows(model))
     print("\nThe same pass: diagonal (DiagGGN, same sample) and noise (Variance, BatchL2Grad)\n")
     table(NOISE_HEADER, noise_rows(model, len(x)))
     print(
@@ -134,9 +136,6 @@ def study(
     extend(model)
     loss_fn = extend(nn.CrossEntropyLoss())
 
-    print('\nWith unsupported="raise", the default, the library says what it would leave out:\n')
-    print("  " + uncovered(model, loss_fn, images, labels).replace("\n", "\n  "))
-    print('\nFrom here on, unsupported="skip".')
     show_layers(model, loss_fn, images, labels)
     show_costs(model, loss_fn, images, labels, args.repetitions)
 
@@ -149,7 +148,7 @@ def study(
     print(f"\nOver all {len(data)} training images, as if they were one batch")
     loader = DataLoader(data, batch_size=args.batch)
     generator = torch.Generator().manual_seed(0)
-    quantities = (*kronecker("mc", generator), BatchL2Grad(unsupported="skip"))
+    quantities = (*kronecker("mc", generator), BatchL2Grad())
     whole = collect(model, loss_fn, loader, *quantities)
     norms = sum(whole["batch_l2"].values()).sqrt() * len(data)  # without the mean loss's 1/N
     print(f"  norms of the images' gradients: median {norms.median():.2g}, largest {norms.max():.2g}")

@@ -16,7 +16,6 @@ from backpack_ext import (
     BatchL2Grad,
     DiagGGN,
     Extension,
-    UnsupportedError,
     Variance,
     backpack,
     unextend,
@@ -24,19 +23,9 @@ from backpack_ext import (
 from curvature import Kronecker
 
 
-def uncovered(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> str:
-    """Return what the library says about parameters that no rule covers ("" if there are none)."""
-    try:
-        with backpack(BatchL2Grad()):  # unsupported="raise" is the default
-            loss_fn(model(x), y).backward()
-    except UnsupportedError as error:
-        return str(error)
-    return ""
-
-
 def kronecker(fisher: str = "mc", generator: torch.Generator | None = None) -> tuple[KFAC, KFAC]:
     """Return both flavours of KFAC; they sample together if they share the generator."""
-    options = {"fisher": fisher, "generator": generator, "unsupported": "skip"}
+    options = {"fisher": fisher, "generator": generator}
     return (
         KFAC("expand", savefield="kfac_expand", **options),
         KFAC("reduce", savefield="kfac_reduce", **options),
@@ -47,10 +36,24 @@ def extensions(generator: torch.Generator) -> tuple[Extension, ...]:
     """Return the five extensions of the one backward pass; the first three share one sweep."""
     return (
         *kronecker("mc", generator),
-        DiagGGN("mc", generator=generator, unsupported="skip"),
-        BatchL2Grad(unsupported="skip"),
-        Variance(unsupported="skip"),
+        DiagGGN("mc", generator=generator),
+        BatchL2Grad(),
+        Variance(),
     )
+
+
+def other_rows(model: nn.Module) -> list[list[str]]:
+    """Return one row per parameter without Kronecker structure: norms, tokens, positions."""
+    return [
+        [
+            name,
+            "x".join(map(str, p.shape)),
+            type(p.kfac_expand).__name__,
+            f"{float(p.kfac_expand.trace()):.3g}",
+        ]
+        for name, p in model.named_parameters()
+        if not isinstance(p.kfac_expand, Kronecker)
+    ]
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from backpack_ext import KFAC, BatchGrad, Rule, UnsupportedError, backpack, extend, register_rule
+from backpack_ext import KFAC, BatchGrad, Rule, backpack, extend, register_rule
 from curvature import Axes
 
 
@@ -44,11 +44,10 @@ X, y = torch.randn(8, 5), torch.randint(3, (8,))
 model = extend(nn.Sequential(KernelLinear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
 loss_fn, kernel = extend(nn.CrossEntropyLoss()), model[0].kernel
 
-try:
-    with backpack(BatchGrad()):
-        loss_fn(model(X), y).backward()
-except UnsupportedError as error:
-    print("Without a rule:", *str(error).splitlines()[:3], sep="\n  ")
+with backpack(KFAC(fisher="exact")):
+    loss_fn(model(X), y).backward()
+shape = tuple(kernel.kfac.matrix.shape)
+print(f"Without a rule: {type(kernel.kfac).__name__} {shape}, no Kronecker factors")
 
 batch_grad = BatchGrad()
 batch_grad.set_module_extension(KernelLinear, KernelLinearRule())  # for this extension only

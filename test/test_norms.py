@@ -372,8 +372,8 @@ def test_a_home_made_norm():
     problem = Problem(model, (torch.randn(N, 3),), nn.CrossEntropyLoss(), torch.randint(3, (N,)))
     problem.to(torch.float64)
     blocks = ggn_blocks(problem)
-    with pytest.raises(UnsupportedError, match=r"1\.scale of HomeMade"):
-        run(problem, KFAC(fisher="exact"))
+    run(problem, KFAC(fisher="exact"))  # without a rule autograd carries one datum at a time
+    close(problem.model[1].scale.kfac.to_dense(), blocks["1.scale"])
 
     @register_rule(HomeMade)
     class HomeMadeRule(ElementwiseRule):
@@ -405,8 +405,7 @@ def test_a_wrong_rule_is_found():
 
 @pytest.mark.parametrize("name", ["vit_params", "char_gpt"])
 def test_transformers_of_the_zoo(name: str):
-    """Their norms are covered; what is left are bare parameters."""
-    problem = run(CASES[name](reduction="mean"), BatchGrad(unsupported="skip"))
+    problem = run(CASES[name](reduction="mean"), BatchGrad())
     G = per_sample_grads(CASES[name](reduction="mean"))
     found = norm_parameters(problem)
     assert found or name == "char_gpt"

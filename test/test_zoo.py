@@ -7,8 +7,8 @@ import torch
 from models import CASES, Problem
 from oracle import (
     LAYERS,
-    NORMS,
     close,
+    ggn_blocks,
     ggn_diag,
     kfac_factors,
     kronecker_block,
@@ -68,10 +68,8 @@ def layers(problem: Problem) -> dict[str, nn.Module]:
 
 
 def covered(problem: Problem) -> dict[str, nn.Parameter]:
-    """The parameters that belong to affine layers and norms, by their first name."""
-    modules = [m for m in problem.model.modules() if isinstance(m, (*LAYERS, *NORMS))]
-    inside = {id(p) for m in modules for p in m.parameters()}
-    return {k: p for k, p in problem.model.named_parameters() if id(p) in inside}
+    """All parameters, by their first name: of layers, of norms, and bare ones."""
+    return dict(problem.model.named_parameters())
 
 
 def factors(parameter: nn.Parameter, savefield: str, module: nn.Module) -> Kronecker:
@@ -187,13 +185,13 @@ def test_forward_factors(name: str, approx: str):
             assert K.joint == exact.joint
 
 
-def test_other_parameters_get_nothing():
-    """Class token and positions have no rule here, and were to be skipped."""
-    problem = computed("vit_params", "mean")
-    others = set(problem.model.parameters()) - set(covered(problem).values())
+def test_class_token_and_positions():
+    """They belong to no layer; their blocks are exact."""
+    problem, blocks = computed("vit_params", "mean"), ggn_blocks(reference("vit_params", "mean"))
+    others = {k: p for k, p in problem.model.named_parameters() if k in ("token", "pos")}
     assert len(others) == 2
-    fields = ("grad_batch", "diag_ggn_exact", *KFACS)
-    assert not any(hasattr(p, field) for p in others for field in fields)
+    for key, p in others.items():
+        close(p.expand_exact_separate.to_dense(), blocks[key])
 
 
 def test_tied_weight_has_one_term_per_role():
