@@ -190,48 +190,58 @@ def _cuts(
                 (GradientEdge(node, k), reading, _route(node, leaf, inside))
                 for (node, k), reading in cuts.items()
             ]
-        _try(found, depth, N, site.batch_axis, known, probe)
+        readings = _readings(found, depth, N, site.batch_axis, known, probe)
         level = []
-        for (reader, k), inner in found.items():
-            outer = tuple(reader._input_metadata[k].shape)
-            key = (depth, reader.name(), k, inner, outer)
-            reading = known.get(key) if probe is not None else _guess(inner, outer, N, site.batch_axis)
+        for (reader, k), reading in readings.items():
             if reading is not None:
                 cuts[reader, k] = reading
             else:
                 inside.add((reader, k))
-                level.append((reader, k, outer))
+                level.append((reader, k, tuple(reader._input_metadata[k].shape)))
     return None
 
 
-def _try(
+def _readings(
     found: dict[tuple[Node, int], tuple[int, ...]],
     depth: int,
     N: int,
     axis: int,
     known: dict[tuple, Reading | None],
     probe: _Probe | None,
-) -> None:
-    """Find out which outputs have the data apart, and where; those that are not known yet."""
+) -> dict[tuple[Node, int], Reading | None]:
+    """Return which outputs have the data apart, and where; None where they have not.
+
+    Args:
+        found: The outputs, each with the shape of what it reads on the way from the parameter.
+        depth: How many operations away from the parameter they are.
+        N: Batch size.
+        axis: Where layers have their data.
+        known: Outputs that were tried before; grows by those that told.
+        probe: As in `_cuts`; without one, sizes decide.
+    """
+    shapes = {output: tuple(output[0]._input_metadata[output[1]].shape) for output in found}
     if probe is None:
-        return
-    unknown: dict[tuple, list[GradientEdge]] = {}
-    for (reader, k), inner in found.items():
-        outer = tuple(reader._input_metadata[k].shape)
-        key = (depth, reader.name(), k, inner, outer)
-        if key not in known:
-            unknown.setdefault(key, []).append(GradientEdge(reader, k))
-    if not unknown:
-        return
-    candidates = {key: _candidates(key[-1], N, axis) for key in unknown}
-    edges = [edge for group in unknown.values() for edge in group]
-    for chosen, arrived in probe(edges):
-        rest = iter(arrived)
-        for key, group in unknown.items():
-            for g in [next(rest) for _ in group]:
-                if g is not None:
-                    candidates[key] = [r for r in candidates[key] if _apart(g, r, chosen, N)]
-    known.update((key, readings[0] if readings else None) for key, readings in candidates.items())
+        return {output: _guess(inner, shapes[output], N, axis) for output, inner in found.items()}
+    keys = {
+        (reader, k): (depth, reader.name(), k, inner, shapes[reader, k], N, axis)
+        for (reader, k), inner in found.items()
+    }
+    unknown = [output for output, key in keys.items() if key not in known]
+    left = {output: _candidates(shapes[output], N, axis) for output in unknown}
+    seen = dict.fromkeys(unknown, False)
+    for chosen, arrived in probe([GradientEdge(*output) for output in unknown]) if unknown else ():
+        for output, g in zip(unknown, arrived, strict=True):
+            if g is not None and g.any():
+                seen[output] = True
+                left[output] = [r for r in left[output] if _apart(g, r, chosen, N)]
+    for output in unknown:
+        # where only zeros arrived, or too few rows to tell, it is tried again the next time
+        if seen[output] and len(left[output]) < 2:
+            known[keys[output]] = left[output][0] if left[output] else None
+    return {
+        output: known[key] if key in known else next(iter(left[output]), None)
+        for output, key in keys.items()
+    }
 
 
 class _Probe:

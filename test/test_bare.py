@@ -236,6 +236,31 @@ def test_a_second_pass_and_another_batch_size():
                 close(p.grad_batch, G[key])
 
 
+class LowRank(nn.Module):
+    """A zero matrix behind another one: at first nothing arrives at the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + ((x @ self.down).transpose(0, 1) @ self.up).transpose(0, 1)
+
+
+def test_nothing_is_concluded_from_zeros():
+    torch.manual_seed(0)
+    model, x, y = Net(LowRank(), 8).double(), torch.randn(4, 4, 8).double(), torch.randint(C, (4,))
+    for _ in range(5):
+        run(model, x, y, BatchGrad())
+        assert not model.body.down.grad_batch.any()
+    nn.init.normal_(model.body.up)
+    for _ in range(2):
+        G = per_sample(model, x, y)
+        run(model, x, y, BatchGrad())
+        for key, p in model.named_parameters():
+            close(p.grad_batch, G[key])
+
+
 def test_sequence_first():
     class Positions(nn.Module):
         def __init__(self):
