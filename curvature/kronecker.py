@@ -122,7 +122,14 @@ class Kronecker(MatrixBlock):
         return V * A[..., None, :] if self.is_diagonal("A") else V @ A.mT
 
     def transpose(self) -> Kronecker:
-        r"""Return :math:`B^T \otimes A^T`: another matrix only if the factors are not symmetric."""
+        r"""Return :math:`B^T \otimes A^T`: another matrix only if the factors are not symmetric.
+
+        Example:
+            >>> K = Kronecker(torch.eye(1), torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+            >>> K.transpose().to_dense()
+            tensor([[0., 0.],
+                    [1., 0.]])
+        """
         turned = {k: t if self.is_diagonal(k) else t.mT for k, t in self.factors.items()}
         return replace(self, **turned)
 
@@ -131,13 +138,24 @@ class Kronecker(MatrixBlock):
         return (self._diagonal("B").sum(-1) * self._diagonal("A").sum(-1)).sum()
 
     def diagonal(self) -> Parts:
-        """Return the diagonal, shaped like the parameter(s)."""
+        """Return the diagonal, shaped like the parameter(s).
+
+        Example:
+            >>> Kronecker(torch.diag(torch.tensor([1.0, 2.0])), 3.0 * torch.eye(2)).diagonal()
+            tensor([[3., 3.],
+                    [6., 6.]])
+        """
         B, A = self._diagonal("B"), self._diagonal("A")
         V = B[..., :, None] * A[..., None, :]
         return self.to_parameters(V if self.groups > 1 else V[None])
 
     def norm(self) -> Tensor:
-        r"""Return the Frobenius norm, :math:`\|B\|_F \|A\|_F`."""
+        r"""Return the Frobenius norm, :math:`\|B\|_F \|A\|_F`.
+
+        Example:
+            >>> Kronecker(2.0 * torch.eye(4), 3.0 * torch.eye(1)).norm()  # sqrt(4 * 36)
+            tensor(12.)
+        """
         return self.inner(self).sqrt()
 
     def inner(self, other: Kronecker) -> Tensor:
@@ -145,6 +163,11 @@ class Kronecker(MatrixBlock):
 
         Raises:
             ValueError: If the two act on parameters of other shape or layout.
+
+        Example:
+            >>> K, L = (Kronecker(c * torch.eye(2), torch.eye(3)) for c in (1.0, 2.0))
+            >>> K.inner(L)  # 6 entries of 1 * 2
+            tensor(12.)
         """
         self._check_same(other, "inner")
         total = 1.0
@@ -172,6 +195,12 @@ class Kronecker(MatrixBlock):
 
         Raises:
             ValueError: If the two act on parameters of other shape or layout.
+
+        Example:
+            >>> K = Kronecker(torch.eye(1), torch.eye(1), rows=3)
+            >>> L = Kronecker(torch.eye(1), 5.0 * torch.eye(1), rows=1)
+            >>> (K + L).B, (K + L).A  # 1 + 1, (3 * 1 + 1 * 5) / 4
+            (tensor([[2.]]), tensor([[2.]]))
         """
         if not isinstance(other, Kronecker):
             return NotImplemented
@@ -214,6 +243,12 @@ class Kronecker(MatrixBlock):
 
         Raises:
             ValueError: If a factor is not finite, not symmetric, or indefinite.
+
+        Example:
+            >>> K = Kronecker(2.0 * torch.eye(1), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+            >>> E = K.eigh()
+            >>> E.values.round(decimals=3), [E.logdet(d).round(decimals=3) for d in (0.0, 1.0)]
+            (tensor([[[2., 6.]]]), [tensor(2.4850), tensor(3.0450)])
         """  # noqa: E501
         (b, Q_B), (a, Q_A) = (self._spectrum(name, vectors=True) for name in ("B", "A"))
         return KroneckerEigen(Q_B, Q_A, self._outer(b, a), self.axes, self.groups, self.joint)
@@ -223,6 +258,10 @@ class Kronecker(MatrixBlock):
 
         Raises:
             ValueError: As for `eigh`.
+
+        Example:
+            >>> Kronecker(2.0 * torch.eye(1), torch.diag(torch.tensor([3.0, 1.0]))).eigenvalues()
+            tensor([2., 6.])
         """
         (b, _), (a, _) = (self._spectrum(name, vectors=False) for name in ("B", "A"))
         return self._outer(b, a).flatten().sort().values
@@ -237,6 +276,11 @@ class Kronecker(MatrixBlock):
         Raises:
             ValueError: If a factor is not finite, not symmetric or indefinite; if the damping is
                 negative; if ``exponent`` is negative and the damped matrix is singular.
+
+        Example:
+            >>> K = Kronecker(2.0 * torch.eye(1), torch.diag(torch.tensor([4.0, 1.5])))
+            >>> K.power(-0.5, damping=1.0).diagonal()  # 1 / sqrt(8 + 1), 1 / sqrt(3 + 1)
+            tensor([[0.3333, 0.5000]])
         """
         check_damping("Kronecker.power", damping)
         (b, Q_B), (a, Q_A) = (self._spectrum(name, vectors=True) for name in ("B", "A"))
@@ -295,6 +339,10 @@ class Kronecker(MatrixBlock):
         r"""Return :math:`\pi` of the factored damping, ``[g, 1]`` with groups, else a scalar.
 
         The damping is split such that the factors' mean eigenvalues are damped in proportion.
+
+        Example:
+            >>> Kronecker(torch.eye(2), 4.0 * torch.eye(3)).pi()  # sqrt(4 / 1)
+            tensor(2.)
         """
         ratio = widen(self._diagonal("A")).mean(-1) / widen(self._diagonal("B")).mean(-1)
         pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()

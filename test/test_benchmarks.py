@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import blocks, structured
 from benchmarks.__main__ import main
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.memory import peak_memory
@@ -120,3 +121,19 @@ def test_peak_memory_of_known_allocations():
         return b, torch.empty(2**18)
 
     assert peak_memory(step, "cpu") == 4 * (2**20 + 2**19)
+
+
+def test_blocks(tmp_path, capsys):
+    arguments = ["--dims", "6", "--models", "tiny", "--seconds", "0", "--out", str(tmp_path)]
+    found = blocks.main(arguments)
+    stored = json.loads((tmp_path / "blocks-cpu.json").read_text())
+    assert stored["training"].keys() == found["training"].keys()
+    assert found["block"]["matvec"][6][1] == 1 and set(found["training"]) > {"KFAC", "EKFAC"}
+    assert "EKFAC, given bases" in capsys.readouterr().out
+
+
+def test_structured(tmp_path, capsys):
+    structured.main(["--quick", "--dims", "6", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["machine"]["device"] == "cpu"
+    assert "lower-toeplitz" in capsys.readouterr().out
