@@ -42,8 +42,8 @@ class EKFAC(Extension):
         generator: Random generator for ``"mc"``; a private one by default.
         dtype: Data type of the factors; float32 or the network's own if that is wider by default.
         basis: For each parameter the block whose eigenbasis to use, a `curvature.Kronecker` (decomposed
-            here, once) or `curvature.KroneckerEigen`. ``approx`` and ``bias`` are then those of
-            the given blocks.
+            here, once) or `curvature.KroneckerEigen`; ``approx`` and ``bias`` are then those of the
+            given blocks. Dense and diagonal blocks (of norms) are left aside.
         savefield: Attribute of the parameters that receives the result.
         unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
         max_columns: ``fisher="exact"`` refuses beyond that many columns per datum.
@@ -101,7 +101,7 @@ class EKFAC(Extension):
             norm=norm,
         )
         self.vectors, self.max_columns = self.kfac.vectors, max_columns
-        self.basis = None if basis is None else {id(p): (p, _eigen(b)) for p, b in basis.items()}
+        self.basis = None if basis is None else _bases(basis)
 
     @property
     def needs_scale(self) -> bool:
@@ -270,9 +270,20 @@ def _spread(basis: Tensor, groups: int, axes: int) -> Tensor:
     return basis.reshape(groups, *[1] * axes, *basis.shape[1:])
 
 
-def _eigen(block) -> KroneckerEigen:
-    if isinstance(block, Kronecker):
-        return block.eigh()
-    if isinstance(block, KroneckerEigen):
-        return block
-    raise TypeError(f"EKFAC: `basis` maps to {block!r}; expected Kronecker or KroneckerEigen.")
+def _bases(basis: Mapping[nn.Parameter, Block]) -> dict[int, tuple[nn.Parameter, KroneckerEigen]]:
+    """Return the eigenbases by the parameter's id; each block is decomposed once."""
+    known: dict[int, KroneckerEigen] = {}
+    found = {}
+    for p, block in basis.items():
+        if isinstance(block, (DenseBlock, DiagonalBlock)):
+            continue  # of a norm, say: has no Kronecker basis, and needs none
+        if isinstance(block, Kronecker):
+            if id(block) not in known:
+                known[id(block)] = block.eigh()
+            block = known[id(block)]
+        if not isinstance(block, KroneckerEigen):
+            raise TypeError(
+                f"EKFAC: `basis` maps to {type(block).__name__}; expected Kronecker or KroneckerEigen."
+            )
+        found[id(p)] = (p, block)
+    return found

@@ -206,7 +206,9 @@ class BackwardPass(Receiver):
                     _sink(ext, store, 1.0 if self.scale is None else self.scale)
                 else:
                     field = ext.savefield
-                    for parameter, result in ext.finish(store):
+                    with torch.no_grad():
+                        results = ext.finish(store)
+                    for parameter, result in results:
                         setattr(parameter, field, result)
             note_computed()
         finally:

@@ -41,6 +41,9 @@ class KFAC(Extension):
     two biases, gets a `curvature.KroneckerSum`, without cross terms. An embedding's A is diagonal,
     also in reduce, where that drops the off-diagonal entries of ``abar abar^T``.
 
+    Objects share memory: a bias's B is its weight's, and factors of small layers are parts of one
+    tensor. Change them out of place, or `clone` them.
+
     Scale and shift of a norm have no Kronecker structure. Each has its own exact block
     ``sum_vn G G^T`` of per-sample vectors, a `curvature.DenseBlock`, or its diagonal, a
     `curvature.DiagonalBlock`; whatever ``approx`` and ``bias`` say.

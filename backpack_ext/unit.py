@@ -59,10 +59,18 @@ class Unit:
         return self.rule.groups(self.module)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The wider data type of inputs and vectors: under autocast they may differ."""
+        x, g = self.sites[0].input().dtype, self.cotangents[0].dtype
+        return torch.promote_types(x, g) if x.is_floating_point else g
+
+    @property
     def a(self) -> Tensor | OneHot:
         """Inputs ``[g,n,s,i]`` (or one-hot inputs)."""
         if self._a is None:
             self._a = join_inputs(self.sites, self.rule)
+            if self.cotangents and not isinstance(self._a, OneHot):
+                self._a = self._a.to(torch.promote_types(self._a.dtype, self.dtype))
         return self._a
 
     @property
@@ -71,7 +79,7 @@ class Unit:
         if self._b is None:
             calls = zip(self.sites, self.cotangents, strict=True)
             parts = [_with_group(self.rule.cotangents(site, g), 4) for site, g in calls]
-            self._b = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+            self._b = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).to(self.dtype)
         return self._b
 
     def grads(self, role: str) -> Tensor:
@@ -110,6 +118,6 @@ def stack_vectors(units: Sequence[Unit]) -> Tensor:
     L, unit = len(units), units[0]
     if not getattr(unit.rule.cotangents, "by_shape", False):
         return torch.cat([u.b for u in units])
-    g = torch.cat([u.cotangents[0] for u in units])
+    g = torch.cat([u.cotangents[0] for u in units]).to(unit.dtype)
     b = _with_group(unit.rule.cotangents(unit.sites[0], g), 4)
     return b.unflatten(1, (L, len(g) // L)).transpose(0, 1).flatten(0, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from curvature.decomposition import check_damping, check_finite
+from curvature.decomposition import check_damping, check_finite, widen
 from curvature.distributed import all_reduce
 
 # One parameter-shaped tensor, or (weight, bias) for a block of both.
@@ -50,8 +50,12 @@ class Block(ABC):
         """Return ``M v``, shaped like the vectors."""
 
     @abstractmethod
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues ``[p]``, ascending."""
+    def spectrum(self) -> Tensor:
+        """Return all eigenvalues ``[p]``, in any order."""
+
+    @abstractmethod
+    def scaled(self, scale: float | Tensor) -> Block:
+        """Return a multiple of the matrix."""
 
     @abstractmethod
     def power(self, exponent: float, damping: float = 0.0) -> Block:
@@ -94,16 +98,62 @@ class Block(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the first factor."""
-        return next(iter(self.factors.values())).dtype
+        """The widest data type among the factors."""
+        first, *rest = (t.dtype for t in self.factors.values())
+        for dtype in rest:
+            first = first if dtype == first else torch.promote_types(first, dtype)
+        return first
 
     @property
     def device(self) -> torch.device:
         """Device of the first factor."""
         return next(iter(self.factors.values())).device
 
-    def inverse(self, damping: float = 0.0) -> Block:
-        r"""Return :math:`(M + \delta I)^{-1}`; see `power`."""
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues ``[p]``, ascending.
+
+        Raises:
+            ValueError: If a factor is not finite, not symmetric, or indefinite.
+        """
+        return self.spectrum().sort().values
+
+    def __mul__(self, scale: float | Tensor) -> Block:
+        """Multiply the matrix with a number.
+
+        Raises:
+            TypeError: If it is no single number.
+        """
+        if not isinstance(scale, (int, float, Tensor)) and not hasattr(scale, "__float__"):
+            return NotImplemented
+        if getattr(scale, "ndim", 0):
+            raise TypeError(
+                f"{type(self).__name__}: * takes one number, got a tensor of shape {tuple(scale.shape)}."
+            )
+        return self.scaled(scale if isinstance(scale, Tensor) else float(scale))
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # numpy's numbers leave the product to us
+
+    def __truediv__(self, scale: float | Tensor) -> Block:
+        """Divide the matrix by a number."""
+        return self * (1 / scale)
+
+    def __radd__(self, other: int) -> Block:
+        """Let ``sum(blocks)`` begin with its 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def inverse(self, damping: float = 0.0, method: str = "exact") -> Block:
+        r"""Return :math:`(M + \delta I)^{-1}`; see `power`.
+
+        Args:
+            damping: delta.
+            method: As for `Kronecker.inverse`. Blocks without two dense factors have one way only, so
+                that it makes no difference to them.
+
+        Raises:
+            ValueError: As `power`, or if there is no such method.
+        """
+        check_method(type(self).__name__, method)
         return self.power(-1.0, damping)
 
     def solve(self, *vectors: Tensor, damping: float = 0.0) -> Parts:
@@ -129,15 +179,15 @@ class Block(ABC):
             tensor(16.)
         """
         name = f"{type(self).__name__}.logdet"
-        return damped(name, self.eigenvalues(), damping, positive=True).log().sum()
+        return damped(name, self.spectrum(), damping, positive=True).log().sum()
 
     def sample(
         self,
         damping: float = 0.0,
-        shape: Sequence[int] = (),
+        shape: Sequence[int] | int = (),
         generator: torch.Generator | None = None,
     ) -> Parts:
-        r"""Draw from :math:`N(0, (M + \delta I)^{-1})`, shaped ``[*shape, *parameter.shape]``.
+        r"""Draw from :math:`N(0, (M + \delta I)^{-1})`, ``[*shape, *parameter.shape]``.
 
         Each call decomposes the factors; for many calls keep ``root = block.power(-0.5, damping)``
         and multiply it with standard normal noise.
@@ -151,7 +201,7 @@ class Block(ABC):
             >>> x.shape, bool((x.std() - 0.1).abs() < 0.003)  # 1 / sqrt(99 + 1)
             (torch.Size([5000, 2, 3]), True)
         """
-        root = self.power(-0.5, damping)
+        root, shape = self.power(-0.5, damping), (shape,) if isinstance(shape, int) else shape
         noise = tuple(
             torch.randn((*shape, *s), generator=generator, dtype=root.dtype, device=root.device)
             for s in self.shapes
@@ -191,6 +241,10 @@ class Block(ABC):
         scale = 1 / dist.get_world_size(group) if average else 1.0
         return self.from_numerators(summed, scale)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return copies of the factors: they may be parts of larger tensors, which a file would hold."""
+        return {name: t.detach().clone() for name, t in self.factors.items()}
+
     def numerators(self) -> list[Tensor]:
         """Return what adds up over processes."""
         return list(self.factors.values())
@@ -214,7 +268,7 @@ def damped(owner: str, values: Tensor, damping: float, positive: bool) -> Tensor
         ValueError: If the damping is negative, an eigenvalue is not finite or negative, or the
             result would be singular although it must not be.
     """
-    check_damping(owner, damping)
+    damping, values = check_damping(owner, damping), widen(values)
     check_finite(f"{owner}: the eigenvalues", values)
     lowest, highest = float(values.min()), float(values.max())
     if lowest < 0:
@@ -223,7 +277,7 @@ def damped(owner: str, values: Tensor, damping: float, positive: bool) -> Tensor
             f"{highest:.3g}). Curvature blocks are positive semi-definite; was this one built from "
             "differences?"
         )
-    if positive and lowest + damping <= 0:
+    if positive and not float((values + damping).min()) > 0:
         raise ValueError(
             f"{owner}: the matrix is singular: its smallest eigenvalue is {lowest:.3g}, its largest "
             f"{highest:.3g}, the damping {damping:g}. Pass a larger damping."
@@ -251,8 +305,28 @@ def split(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
 def join(parts: Parts, shapes: Sequence[torch.Size]) -> Tensor:
     """Join parameter-shaped tensors ``[..., *shape]`` into flat vectors ``[..., p]``."""
     parts = (parts,) if isinstance(parts, Tensor) else parts
-    flat = [t.reshape(*t.shape[: t.dim() - len(s)], -1) for t, s in zip(parts, shapes, strict=True)]
+    flat = [
+        t.reshape(*t.shape[: t.dim() - len(s)], s.numel()) for t, s in zip(parts, shapes, strict=True)
+    ]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+
+
+METHODS = ("exact", "factored", "cholesky")
+
+
+def check_method(owner: str, method: str) -> None:
+    """Raise if there is no such way to an inverse.
+
+    Raises:
+        ValueError: If so.
+    """
+    if method not in METHODS:
+        raise ValueError(f"{owner}.inverse: method={method!r}; expected one of {METHODS}.")
+
+
+def result_dtype(vector: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the data type of a product: that of the vector, unless it counts."""
+    return vector.dtype if vector.is_floating_point() else dtype
 
 
 def check_vectors(owner: str, vectors: Sequence[Tensor], shapes: Sequence[torch.Size]) -> None:
@@ -267,8 +341,12 @@ def check_vectors(owner: str, vectors: Sequence[Tensor], shapes: Sequence[torch.
             f"{owner} takes {wanted} of shape {_text(shapes)}, got {len(vectors)} tensors: a joint "
             "block acts on weight and bias together, any other on one parameter."
         )
+    for t in vectors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{owner} takes {wanted}, got {type(t).__name__} (a missing gradient?).")
+    leads = {t.shape[: t.dim() - len(s)] for t, s in zip(vectors, shapes, strict=True)}
     for t, shape in zip(vectors, shapes, strict=True):
-        if t.shape[t.dim() - len(shape) :] != shape or t.dim() < len(shape):
+        if len(leads) > 1 or t.shape[t.dim() - len(shape) :] != shape or t.dim() < len(shape):
             raise ValueError(
                 f"{owner} takes {wanted} of shape {_text(shapes)} behind any batch axes, got "
                 f"{_text([v.shape for v in vectors])}."

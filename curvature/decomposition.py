@@ -28,17 +28,22 @@ def check_finite(name: str, t: Tensor) -> None:
     )
 
 
-def check_damping(owner: str, damping: float) -> None:
-    """Raise if a damping is no finite number of at least zero.
+def check_damping(owner: str, damping: float) -> float:
+    """Return a damping as a number.
 
     Raises:
-        ValueError: If so.
+        ValueError: If it is no finite number of at least zero.
     """
-    if not (isinstance(damping, (int, float)) and isfinite(damping) and damping >= 0):
+    try:
+        number = float(damping)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not (isfinite(number) and number >= 0) or isinstance(damping, str):
         raise ValueError(
             f"{owner}: damping={damping!r}; expected a finite number >= 0 (it is added to the "
             "eigenvalues)."
         )
+    return number
 
 
 def check_symmetric(name: str, t: Tensor) -> None:

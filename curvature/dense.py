@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvature.block import Block, check_vectors, join, raised, split
-from curvature.decomposition import check_finite, eigh, nonnegative, widen
+from curvature.axes import Axes
+from curvature.block import Block, check_vectors, join, raised, result_dtype, split
+from curvature.decomposition import check_damping, check_finite, eigh, nonnegative, widen
+from curvature.eigen import KroneckerEigen
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +44,9 @@ class DenseBlock(Block):
                 f"a parameter of shape {tuple(self.shape)} has entries."
             )
 
+    def __repr__(self) -> str:
+        return f"DenseBlock(matrix={tuple(self.matrix.shape)}, shape={tuple(self.shape)})"
+
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
         """The parameter's shape, as the only entry."""
@@ -61,37 +66,49 @@ class DenseBlock(Block):
         check_vectors("DenseBlock.matvec", vectors, self.shapes)
         dtype = torch.promote_types(vectors[0].dtype, self.dtype)
         flat = join(vectors, self.shapes).to(dtype)
-        return split((flat @ self.matrix.mT.to(dtype)).to(vectors[0].dtype), self.shapes)[0]
+        product = flat @ self.matrix.mT.to(dtype)
+        return split(product.to(result_dtype(vectors[0], dtype)), self.shapes)[0]
 
     def to_dense(self) -> Tensor:
         """Return the matrix ``[p, p]``."""
-        return self.matrix
+        return self.matrix.clone()
 
     def trace(self) -> Tensor:
         """Return the trace."""
-        return self.matrix.trace()
+        return widen(self.matrix).trace()
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, shaped like the parameter."""
-        return self.matrix.diagonal().reshape(self.shape)
+        return self.matrix.diagonal().clone().reshape(self.shape)
 
     def norm(self) -> Tensor:
         """Return the Frobenius norm."""
-        return torch.linalg.matrix_norm(self.matrix)
+        return torch.linalg.matrix_norm(widen(self.matrix))
 
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues ``[p]``, ascending.
+    def eigh(self) -> KroneckerEigen:
+        """Decompose the matrix; functions of the result are cheap.
+
+        Raises:
+            ValueError: If the matrix is not finite, not symmetric, or indefinite.
+        """
+        values, basis = eigh("DenseBlock: the matrix", self.matrix)
+        names = " ".join(f"x{k}" for k in range(len(self.shape)))
+        sizes = tuple((f"x{k}", size) for k, size in enumerate(self.shape))
+        axes = Axes(f"{names} -> 1 1 ({names})" if names else "-> 1 1 1", sizes)
+        return KroneckerEigen(None, basis, values[None, None], axes)
+
+    def spectrum(self) -> Tensor:
+        """Return all eigenvalues ``[p]``, in any order.
 
         Raises:
             ValueError: If the matrix is not finite, not symmetric, or indefinite.
         """
         return eigh("DenseBlock: the matrix", self.matrix, vectors=False)[0]
 
-    def power(self, exponent: float, damping: float = 0.0) -> DenseBlock:
+    def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
         r"""Return :math:`(M + \delta I)^{e}` through the eigendecomposition; see `Block.power`."""
-        values, basis = eigh("DenseBlock: the matrix", self.matrix)
-        values = raised("DenseBlock.power", values, exponent, damping)
-        return replace(self, matrix=(basis * values) @ basis.mT)
+        check_damping("DenseBlock.power", damping)
+        return self.eigh().power(exponent, damping)
 
     def __add__(self, other: DenseBlock) -> DenseBlock:
         """Add matrices: the block of a sum of losses."""
@@ -100,15 +117,13 @@ class DenseBlock(Block):
         _check_same(self, other)
         return replace(self, matrix=self.matrix + other.matrix)
 
-    def __mul__(self, scale: float) -> DenseBlock:
-        """Multiply the matrix with a number."""
+    def scaled(self, scale: float | Tensor) -> DenseBlock:
+        """Return a multiple of the matrix."""
         return replace(self, matrix=self.matrix * scale)
-
-    __rmul__ = __mul__
 
     def state_dict(self) -> dict:
         """Return tensors, numbers and strings that `from_state_dict` makes a block of."""
-        return {"kind": "DenseBlock", "matrix": self.matrix, "shape": list(self.shape)}
+        return {"kind": "DenseBlock", **self._tensors(), "shape": list(self.shape)}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> DenseBlock:
@@ -132,6 +147,9 @@ class DiagonalBlock(Block):
 
     entries: Tensor
 
+    def __repr__(self) -> str:
+        return f"DiagonalBlock(entries={tuple(self.entries.shape)})"
+
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
         """The parameter's shape, as the only entry."""
@@ -149,27 +167,27 @@ class DiagonalBlock(Block):
     def matvec(self, *vectors: Tensor) -> Tensor:
         """Multiply with a parameter-shaped tensor ``[..., *shape]``."""
         check_vectors("DiagonalBlock.matvec", vectors, self.shapes)
-        return (self.entries * vectors[0]).to(vectors[0].dtype)
+        return (self.entries * vectors[0]).to(result_dtype(vectors[0], self.dtype))
 
     def trace(self) -> Tensor:
         """Return the sum of the entries."""
-        return self.entries.sum()
+        return widen(self.entries).sum()
 
     def diagonal(self) -> Tensor:
-        """Return the entries."""
-        return self.entries
+        """Return a copy of the entries."""
+        return self.entries.clone()
 
     def norm(self) -> Tensor:
         """Return the Frobenius norm."""
-        return torch.linalg.vector_norm(self.entries)
+        return torch.linalg.vector_norm(widen(self.entries))
 
-    def eigenvalues(self) -> Tensor:
-        """Return the entries ``[p]``, ascending.
+    def spectrum(self) -> Tensor:
+        """Return the entries ``[p]``.
 
         Raises:
             ValueError: If an entry is not finite, or negative.
         """
-        return self._spectrum().flatten().sort().values
+        return self._spectrum().flatten()
 
     def power(self, exponent: float, damping: float = 0.0) -> DiagonalBlock:
         r"""Return :math:`(M + \delta I)^{e}`; see `Block.power`."""
@@ -186,15 +204,13 @@ class DiagonalBlock(Block):
         _check_same(self, other)
         return DiagonalBlock(self.entries + other.entries)
 
-    def __mul__(self, scale: float) -> DiagonalBlock:
-        """Multiply the matrix with a number."""
+    def scaled(self, scale: float | Tensor) -> DiagonalBlock:
+        """Return a multiple of the matrix."""
         return DiagonalBlock(self.entries * scale)
-
-    __rmul__ = __mul__
 
     def state_dict(self) -> dict:
         """Return tensors, numbers and strings that `from_state_dict` makes a block of."""
-        return {"kind": "DiagonalBlock", "entries": self.entries}
+        return {"kind": "DiagonalBlock", **self._tensors()}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> DiagonalBlock:

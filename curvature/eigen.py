@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature.axes import MATRIX, Axes
 from curvature.block import Parts, raised
+from curvature.decomposition import check_finite
 from curvature.matrix_block import MatrixBlock, layout_of, same_layout
 
 
@@ -101,16 +102,17 @@ class KroneckerEigen(MatrixBlock):
 
     def apply(self, V: Tensor) -> Tensor:
         """Multiply the block with matrices ``V[..., g, o, i]``."""
-        own = self.to(dtype=V.dtype) if V.dtype != self.dtype else self
+        own = self.to(dtype=V.dtype)
         return own.unproject(own.values * own.project(V))
 
     def corrected(self, values: Tensor) -> KroneckerEigen:
         """Return the matrix with the same eigenbasis and other eigenvalues ``[g, o, i]``."""
         return replace(self, values=values)
 
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues ``[p]``, ascending."""
-        return self.values.flatten().sort().values
+    def spectrum(self) -> Tensor:
+        """Return all eigenvalues ``[p]``, in any order."""
+        check_finite("KroneckerEigen: the eigenvalues", self.values)
+        return self.values.flatten()
 
     def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
         r"""Return :math:`(M + \delta I)^{e}`, in the same eigenbasis.
@@ -135,8 +137,9 @@ class KroneckerEigen(MatrixBlock):
 
     def diagonal(self) -> Parts:
         """Return the diagonal, shaped like the parameter(s)."""
-        squares = {k: t.square() for k, t in self.factors.items() if k != "values"}
-        return self.to_parameters(replace(self, **squares).unproject(self.values))
+        own = self.to(dtype=self.dtype)
+        squares = {k: t.square() for k, t in own.factors.items() if k != "values"}
+        return self.to_parameters(replace(own, **squares).unproject(own.values))
 
     def __add__(self, other: KroneckerEigen) -> KroneckerEigen:
         """Accumulate eigenvalues in one basis.
@@ -157,11 +160,9 @@ class KroneckerEigen(MatrixBlock):
             )
         return replace(self, values=self.values + other.values)
 
-    def __mul__(self, scale: float) -> KroneckerEigen:
-        """Multiply the matrix with a number."""
+    def scaled(self, scale: float | Tensor) -> KroneckerEigen:
+        """Return a multiple of the matrix."""
         return replace(self, values=self.values * scale)
-
-    __rmul__ = __mul__
 
     def numerators(self) -> list[Tensor]:
         """Return the eigenvalues, and what tells whether all processes have the same basis."""
@@ -187,7 +188,7 @@ class KroneckerEigen(MatrixBlock):
 
     def state_dict(self) -> dict:
         """Return tensors, numbers and strings that `from_state_dict` makes a block of."""
-        return {"kind": "KroneckerEigen", **self.factors, **self._layout()}
+        return {"kind": "KroneckerEigen", **self._tensors(), **self._layout()}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> KroneckerEigen:

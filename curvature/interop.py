@@ -18,6 +18,7 @@ def to_scipy(operator: BlockDiagonalOperator):
         ImportError: If scipy is missing.
     """
     try:
+        import numpy as np
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:
         raise ImportError("to_scipy needs scipy: pip install scipy.") from error
@@ -25,8 +26,12 @@ def to_scipy(operator: BlockDiagonalOperator):
     dtype = torch.promote_types(block.dtype, torch.float32)  # numpy has no bfloat16
 
     def product(columns):  # [P] or [P, k]; the matrix is symmetric
+        columns = np.array(columns)  # a copy: torch takes no negative strides, nor what is read-only
+        if np.iscomplexobj(columns):
+            raise TypeError("to_scipy: the operator is real; multiply real and imaginary part apart.")
         vectors = torch.as_tensor(columns, dtype=dtype, device=block.device)
-        return operator.matvec(vectors.T if vectors.dim() == 2 else vectors).cpu().numpy().T
+        with torch.no_grad():
+            return operator.matvec(vectors.T if vectors.dim() == 2 else vectors).cpu().numpy().T
 
     p = operator.dim
     kind = torch.zeros((), dtype=dtype).numpy().dtype
@@ -60,6 +65,9 @@ def to_linear_operator(operator: BlockDiagonalOperator):
             if rhs.dim() == 1:
                 return operator.matvec(rhs)
             return operator.matvec(rhs.mT).mT
+
+        def _diagonal(self) -> Tensor:
+            return operator.diagonal(flat=True)
 
         def _size(self) -> torch.Size:
             return torch.Size([operator.dim, operator.dim])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.axes import MATRIX, Axes
-from curvature.block import Parts, damped
+from curvature.block import Parts, check_method, damped
 from curvature.decomposition import (
     check_damping,
     check_finite,
@@ -20,8 +20,6 @@ from curvature.decomposition import (
 )
 from curvature.eigen import KroneckerEigen
 from curvature.matrix_block import MatrixBlock, layout_of, same_layout
-
-METHODS = ("exact", "factored", "cholesky")
 
 
 @dataclass(eq=False, slots=True)
@@ -135,7 +133,7 @@ class Kronecker(MatrixBlock):
 
     def trace(self) -> Tensor:
         r"""Return :math:`\sum_g \operatorname{tr} B_g \operatorname{tr} A_g`."""
-        return (self._diagonal("B").sum(-1) * self._diagonal("A").sum(-1)).sum()
+        return (widen(self._diagonal("B")).sum(-1) * widen(self._diagonal("A")).sum(-1)).sum()
 
     def diagonal(self) -> Parts:
         """Return the diagonal, shaped like the parameter(s).
@@ -156,7 +154,14 @@ class Kronecker(MatrixBlock):
             >>> Kronecker(2.0 * torch.eye(4), 3.0 * torch.eye(1)).norm()  # sqrt(4 * 36)
             tensor(12.)
         """
-        return self.inner(self).sqrt()
+        # product of norms: squares of small or large factors might leave the range of their type
+        norms = [
+            torch.linalg.vector_norm(factor, dim=dims, dtype=torch.float64)
+            for factor, dims in (
+                (f, None if self.groups == 1 else tuple(range(1, f.dim()))) for f in (self.B, self.A)
+            )
+        ]
+        return torch.linalg.vector_norm(norms[0] * norms[1]).to(widen(self.B).dtype)
 
     def inner(self, other: Kronecker) -> Tensor:
         r"""Return :math:`\langle M, M' \rangle_F = \operatorname{tr}(B^T B') \operatorname{tr}(A^T A')`.
@@ -175,9 +180,8 @@ class Kronecker(MatrixBlock):
             mine, theirs = getattr(self, name), getattr(other, name)
             if self.is_diagonal(name) or other.is_diagonal(name):
                 mine, theirs = self._diagonal(name), other._diagonal(name)
-            lead = -2 if self.groups > 1 else None
-            product = mine * theirs
-            total = total * (product.sum() if lead is None else product.flatten(1).sum(1))
+            product = widen(mine) * widen(theirs)
+            total = total * (product.sum() if self.groups == 1 else product.flatten(1).sum(1))
         return total.sum()
 
     def _diagonal(self, name: str) -> Tensor:
@@ -209,11 +213,26 @@ class Kronecker(MatrixBlock):
         A = self.A + (other.rows / rows) * (other.A - self.A)
         return replace(self, B=self.B + other.B, A=A, rows=rows)
 
-    def __mul__(self, scale: float) -> Kronecker:
-        """Multiply the matrix (that is, B) with a number: the block of a scaled loss."""
+    def scaled(self, scale: float | Tensor) -> Kronecker:
+        """Return a multiple of the matrix (that is, of B): the block of a scaled loss."""
         return replace(self, B=self.B * scale)
 
-    __rmul__ = __mul__
+    def lerp(self, other: Kronecker, weight: float) -> Kronecker:
+        """Move both factors towards another block's: ``factor + weight (other - factor)``.
+
+        This is the moving average of KFAC optimizers. ``+`` is none: there A is the mean over all
+        rows so far, which never forgets.
+
+        Raises:
+            ValueError: If the two act on parameters of other shape or layout.
+
+        Example:
+            >>> K, L = (Kronecker(b * torch.eye(1), torch.eye(1)) for b in (1.0, 3.0))
+            >>> K.lerp(L, 0.1).B
+            tensor([[1.2000]])
+        """
+        self._check_same(other, "lerp")
+        return replace(self, B=self.B.lerp(other.B, weight), A=self.A.lerp(other.A, weight))
 
     def _check_same(self, other: Kronecker, what: str) -> None:
         diagonals = [K.is_diagonal(name) for K in (self, other) for name in ("B", "A")]
@@ -253,8 +272,8 @@ class Kronecker(MatrixBlock):
         (b, Q_B), (a, Q_A) = (self._spectrum(name, vectors=True) for name in ("B", "A"))
         return KroneckerEigen(Q_B, Q_A, self._outer(b, a), self.axes, self.groups, self.joint)
 
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues ``[p]``, ascending.
+    def spectrum(self) -> Tensor:
+        """Return all eigenvalues ``[p]``, in any order.
 
         Raises:
             ValueError: As for `eigh`.
@@ -264,7 +283,7 @@ class Kronecker(MatrixBlock):
             tensor([2., 6.])
         """
         (b, _), (a, _) = (self._spectrum(name, vectors=False) for name in ("B", "A"))
-        return self._outer(b, a).flatten().sort().values
+        return self._outer(b, a).flatten()
 
     def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
         r"""Return :math:`(B \otimes A + \delta I)^{e}` through both eigendecompositions.
@@ -282,7 +301,7 @@ class Kronecker(MatrixBlock):
             >>> K.power(-0.5, damping=1.0).diagonal()  # 1 / sqrt(8 + 1), 1 / sqrt(3 + 1)
             tensor([[0.3333, 0.5000]])
         """
-        check_damping("Kronecker.power", damping)
+        damping = check_damping("Kronecker.power", damping)
         (b, Q_B), (a, Q_A) = (self._spectrum(name, vectors=True) for name in ("B", "A"))
         if exponent < 0 and damping == 0:
             for name, values in (("B", b), ("A", a)):
@@ -311,7 +330,8 @@ class Kronecker(MatrixBlock):
 
         Raises:
             ValueError: If ``method`` is none of these; if a factor is not finite, not symmetric or
-                indefinite; if the damping is negative, or too small to make the matrix regular.
+                indefinite (``"cholesky"``: with its damping); if the damping is negative, or too
+                small to make the matrix regular.
 
         References:
             Martens & Grosse (2015), section 6.3 (factored Tikhonov damping).
@@ -325,10 +345,8 @@ class Kronecker(MatrixBlock):
         """
         if method == "exact":
             return self.power(-1.0, damping)
-        if method not in METHODS:
-            raise ValueError(f"Kronecker.inverse: method={method!r}; expected one of {METHODS}.")
-        check_damping("Kronecker.inverse", damping)
-        pi, root = self.pi(), damping**0.5
+        check_method("Kronecker", method)
+        pi, root = self.pi(), check_damping("Kronecker.inverse", damping) ** 0.5
         factors = {
             name: self._inverse_factor(name, shift, method)
             for name, shift in (("B", root / pi), ("A", root * pi))
@@ -360,6 +378,9 @@ class Kronecker(MatrixBlock):
             return (basis / values[..., None, :]) @ basis.mT
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         shift = shift[..., None] if self.groups > 1 else shift
+        if not bool((shift > 0).all()):
+            # pivots do not tell a singular matrix from its rounding; eigenvalues do
+            damped(owner, self._spectrum(name, vectors=False)[0], 0.0, positive=True)
         return cholesky_inverse(owner, factor + shift * eye)
 
     def _spectrum(self, name: str, vectors: bool) -> tuple[Tensor, Tensor | None]:
@@ -380,7 +401,7 @@ class Kronecker(MatrixBlock):
 
     def state_dict(self) -> dict:
         """Return tensors, numbers and strings that `from_state_dict` makes a block of."""
-        return {"kind": "Kronecker", **self.factors, **self._layout(), "rows": self.rows}
+        return {"kind": "Kronecker", **self._tensors(), **self._layout(), "rows": self.rows}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> Kronecker:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.block import Block, Parts, check_size
 from curvature.dense import DenseBlock
+from curvature.eigen import KroneckerEigen
 from curvature.kronecker import Kronecker
 
 
@@ -91,17 +92,17 @@ class KroneckerSum(Block):
         """
         return self._dense("norm").norm()
 
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues ``[p]``, ascending; see `DenseBlock.eigenvalues`."""
-        return self._dense("eigenvalues").eigenvalues()
+    def spectrum(self) -> Tensor:
+        """Return all eigenvalues ``[p]``; see `DenseBlock.spectrum`."""
+        return self._dense("eigenvalues").spectrum()
 
-    def power(self, exponent: float, damping: float = 0.0) -> DenseBlock:
+    def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
         """Return the power of the damped dense matrix; see `DenseBlock.power`."""
         return self._dense("power").power(exponent, damping)
 
     def _dense(self, what: str) -> DenseBlock:
         check_size(self, what)
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = torch.promote_types(self.dtype, torch.float32)  # before the terms are added
         return DenseBlock(self.to(dtype=dtype).to_dense(), self.shapes[0])
 
     def __add__(self, other: KroneckerSum) -> KroneckerSum:
@@ -119,11 +120,9 @@ class KroneckerSum(Block):
             )
         return KroneckerSum(tuple(a + b for a, b in zip(self.terms, other.terms, strict=True)))
 
-    def __mul__(self, scale: float) -> KroneckerSum:
-        """Multiply the matrix with a number."""
+    def scaled(self, scale: float | Tensor) -> KroneckerSum:
+        """Return a multiple of the matrix."""
         return KroneckerSum(tuple(term * scale for term in self.terms))
-
-    __rmul__ = __mul__
 
     def numerators(self) -> list[Tensor]:
         """Return those of all terms."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from curvature.axes import Axes
-from curvature.block import Block, Parts, check_vectors
+from curvature.block import Block, Parts, check_vectors, result_dtype
 
 
 class MatrixBlock(Block):
@@ -38,9 +39,7 @@ class MatrixBlock(Block):
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
         """Shapes of the parameters that the block acts on: one, or two (weight and bias)."""
-        g, o, i = self.sizes
-        weight = self.axes.to_parameter(torch.empty(g, o, i - self.joint, device="meta")).shape
-        return (weight, torch.Size([g * o])) if self.joint else (weight,)
+        return _shapes(self.axes, *self.sizes, self.joint)
 
     def matvec(self, *vectors: Tensor) -> Parts:
         """Return ``M v``, shaped like the vectors.
@@ -58,7 +57,7 @@ class MatrixBlock(Block):
         check_vectors(f"{type(self).__name__}.matvec", vectors, self.shapes)
         dtype = torch.promote_types(vectors[0].dtype, self.dtype)
         V = self.apply(self.to_matrix(*vectors).to(dtype))
-        return self.to_parameters(V.to(vectors[0].dtype))
+        return self.to_parameters(V.to(result_dtype(vectors[0], dtype)))
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Bring parameter-shaped tensors to ``[..., g, o, i]``, the bias being the last column."""
@@ -98,6 +97,13 @@ class MatrixBlock(Block):
             "groups": self.groups,
             "joint": self.joint,
         }
+
+
+@lru_cache(maxsize=4096)
+def _shapes(axes: Axes, g: int, o: int, i: int, joint: bool) -> tuple[torch.Size, ...]:
+    """Return the shapes of the parameter(s) that matrices ``[g, o, i]`` stand for."""
+    weight = axes.to_parameter(torch.empty(g, o, i - joint, device="meta")).shape
+    return (weight, torch.Size([g * o])) if joint else (weight,)
 
 
 def layout_of(state: dict) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import TypeVar
 
 import torch
@@ -67,7 +68,8 @@ class BlockDiagonalOperator:
             if len(key) != len(block.shapes):
                 raise ValueError(
                     f"BlockDiagonalOperator: {type(block).__name__} for {key} acts on "
-                    f"{len(block.shapes)} parameter(s)."
+                    f"{len(block.shapes)} parameter(s). A joint block needs the names of its weight and "
+                    "its bias, both trained."
                 )
         self.blocks, self.names = blocks, tuple(names)
 
@@ -98,7 +100,7 @@ class BlockDiagonalOperator:
             if not p.requires_grad:
                 continue
             block = getattr(p, savefield, None)
-            if isinstance(block, Tensor) and block.shape == p.shape:
+            if isinstance(block, Tensor) and block.shape == p.shape and savefield != "grad":
                 block = DiagonalBlock(block)
             if not isinstance(block, Block):
                 raise ValueError(
@@ -196,7 +198,7 @@ class BlockDiagonalOperator:
 
         Args:
             damping: delta.
-            options: For the blocks' own `inverse`: ``method="factored"`` of `Kronecker`, say.
+            options: For the blocks' own `inverse`, such as ``method="factored"``.
 
         Raises:
             ValueError: As the blocks' `inverse`; the message names the block.
@@ -214,7 +216,7 @@ class BlockDiagonalOperator:
     def sample(
         self,
         damping: Damping = 0.0,
-        shape: Sequence[int] = (),
+        shape: Sequence[int] | int = (),
         generator: torch.Generator | None = None,
         flat: bool = False,
     ) -> dict[str, Tensor] | Tensor:
@@ -247,7 +249,7 @@ class BlockDiagonalOperator:
 
     def eigenvalues(self) -> Tensor:
         """Return all eigenvalues ``[P]``, ascending."""
-        found = [self._named(k, b.eigenvalues) for k, b in self.blocks.items()]
+        found = [self._named(k, b.spectrum) for k, b in self.blocks.items()]
         return torch.cat(found).sort().values
 
     def diagonal(self, flat: bool = False) -> dict[str, Tensor] | Tensor:
@@ -280,6 +282,12 @@ class BlockDiagonalOperator:
         missing = [key[0] for key in self.blocks if key[0] not in damping]
         if missing:
             raise ValueError(f"BlockDiagonalOperator: no damping for {', '.join(missing)}.")
+        unknown = sorted(set(damping) - set(self.names))
+        if unknown:
+            raise ValueError(f"BlockDiagonalOperator: dampings for unknown names {', '.join(unknown)}.")
+        for key in self.blocks:
+            if len({damping.get(name, damping[key[0]]) for name in key}) > 1:
+                raise ValueError(f"BlockDiagonalOperator: {key} are one block and have one damping.")
         return {key: damping[key[0]] for key in self.blocks}
 
     def _each(
@@ -294,8 +302,8 @@ class BlockDiagonalOperator:
         """Call a function; its errors say which block."""
         try:
             return function(*args)
-        except ValueError as error:
-            raise ValueError(f"block of {', '.join(key)}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"block of {', '.join(key)}: {error}") from error
 
     # ------------------------------------------------------------------ batches, storage
 
@@ -312,7 +320,7 @@ class BlockDiagonalOperator:
                 f"BlockDiagonalOperator: + needs equal names, got {self.names} and {other.names}."
             )
         return BlockDiagonalOperator(
-            {k: self._named(k, b.__add__, other.blocks[k]) for k, b in self.blocks.items()}, self.names
+            {k: self._named(k, add, b, other.blocks[k]) for k, b in self.blocks.items()}, self.names
         )
 
     def __mul__(self, scale: float) -> BlockDiagonalOperator:

@@ -1,5 +1,7 @@
 """The events of a backward pass: scales, several losses, hooks, contexts, odd graphs."""
 
+from copy import deepcopy
+
 import backpack as theirs
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backpack_ext import (
+    EKFAC,
     KFAC,
     BatchDotGrad,
     BatchGrad,
@@ -475,6 +478,48 @@ def test_autocast_forward_and_backward():
             assert p.kfac.B.dtype == torch.float32 == p.kfac.A.dtype
             for value, expected in zip((p.kfac.to_dense(), p.grad_batch), reference[n], strict=True):
                 assert (value - expected).norm() <= 0.03 * expected.norm() + 1e-4
+
+
+class Mixed(nn.Module):
+    """Layers on tokens, a convolution, a reused layer, a norm, a bare parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.conv = nn.Linear(4, 4), nn.Conv1d(4, 4, 2)
+        self.norm, self.scale, self.head = nn.LayerNorm(4), nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.inner(x).tanh() + self.inner(0.5 * x)
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2) * self.scale
+        return self.head(self.norm(x).mean(1))
+
+
+@pytest.mark.parametrize("model", [Mixed, mlp])
+def test_autocast_from_the_first_pass_on(model):
+    """Inputs in float32 meet vectors in bfloat16, also where layers are checked the first time."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model, loss_fn = extend(model()), extend(nn.CrossEntropyLoss())
+    plain = extend(deepcopy(model))
+    x = torch.randn(6, 5, 4) if isinstance(model, Mixed) else torch.randn(6, 4)
+    y = torch.randint(0, 3, (6,))
+
+    def exts():
+        first = (BatchGrad, BatchL2Grad, BatchDotGrad, SumGradSquared, Variance, DiagGGN)
+        return [ext() for ext in first] + [KFAC(fisher="exact"), EKFAC(fisher="exact", approx="reduce")]
+
+    with backpack(*exts()), torch.autocast("cpu", torch.bfloat16):
+        loss = loss_fn(model(x), y)
+    for one in (loss, loss_fn(plain(x), y)):
+        with backpack(*exts()):
+            one.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        for field in ("grad_batch", "batch_l2", "batch_dot", "sum_grad_squared", "diag_ggn_exact"):
+            error = (getattr(p, field).float() - getattr(q, field)).norm()
+            assert error <= 0.05 * getattr(q, field).norm() + 1e-3, field
+        for field in ("kfac", "ekfac"):
+            value, expected = getattr(p, field).to_dense(), getattr(q, field).to_dense()
+            assert (value - expected).norm() <= 0.05 * expected.norm() + 1e-3, field
 
 
 def test_channels_last_and_half_batches():

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -340,3 +341,154 @@ def test_singular(pair: tuple[Block, Tensor]):
     close(
         damped @ (matrix(block) + DELTA * torch.eye(block.dim).double()), torch.eye(block.dim).double()
     )
+
+
+def test_vectors_that_count(pair: tuple[Block, Tensor]):
+    """Integer vectors give products with digits."""
+    block, M = pair
+    v = torch.arange(block.dim)
+    close(flat(block.matvec(*parts(block, v))), M @ v.double())
+
+
+def test_empty_batches(pair: tuple[Block, Tensor]):
+    block, _ = pair
+    found = block.matvec(*parts(block, torch.zeros(0, 2, block.dim).double()))
+    found = (found,) if isinstance(found, Tensor) else found
+    assert [t.shape for t in found] == [(0, 2, *s) for s in block.shapes]
+
+
+def test_only_numbers_scale(pair: tuple[Block, Tensor]):
+    block, M = pair
+    close(matrix(block * torch.tensor(2.0)), 2 * M)
+    close(matrix(block / 2), M / 2)
+    close(matrix(sum([block, block])), 2 * M)
+    for wrong in (torch.ones(3), "2"):
+        with pytest.raises(TypeError):
+            block * wrong
+
+
+def test_a_missing_gradient(pair: tuple[Block, Tensor]):
+    block, _ = pair
+    with pytest.raises(TypeError, match="got NoneType"):
+        block.matvec(*[None] * len(block.shapes))
+
+
+def test_results_share_no_memory(pair: tuple[Block, Tensor]):
+    block, M = pair
+    for t in (block.to_dense(), flat(block.diagonal())):
+        t.add_(1)
+    close(matrix(block), M)
+    (block.diagonal() if len(block.shapes) == 1 else block.diagonal()[0]).add_(1)
+    close(matrix(block), M)
+    for t in block.state_dict().values():
+        if isinstance(t, Tensor):
+            t.zero_()
+    close(matrix(block), M)
+
+
+def test_numbers_as_damping(pair: tuple[Block, Tensor]):
+    block, _ = pair
+    expected = matrix(block.inverse(DELTA))
+    close(matrix(block.inverse(torch.tensor(DELTA, dtype=torch.float64))), expected)
+    close(matrix(block.inverse(DELTA, method="exact")), expected)
+    with pytest.raises(ValueError, match="method='lu'; expected one of"):
+        block.inverse(DELTA, method="lu")
+
+
+def test_the_inverse_of_an_inverse():
+    """An inverse keeps its eigenvalues: small ones are not taken for rounding."""
+    x, d = torch.randn(20, 40), 1e-6
+    D = DenseBlock(x.T @ x / 40)
+    twice = D.inverse(d).inverse(d)  # 1 / (1 / (s + d) + d), nearly s
+    assert abs(float(twice.norm() / D.norm()) - 1) < 1e-3
+    assert D.inverse(d).sample().isfinite().all()
+
+
+@pytest.mark.parametrize("wide", ["B", "A"])
+def test_factors_of_different_types(wide: str):
+    B, A = psd(3), psd(4)
+    low = {"B": B.float(), "A": A.float()} | {wide: {"B": B, "A": A}[wide]}
+    K, M = Kronecker(**low), torch.kron(B, A)
+    assert K.dtype == torch.float64 and K.to_dense().dtype == torch.float64
+    v = torch.randn(3, 4).double()
+    for block in (K.inverse(DELTA), K.inverse(DELTA).to(dtype=torch.float32)):
+        expected = torch.linalg.solve(M + DELTA * torch.eye(12).double(), v.flatten())
+        close(block.matvec(v).flatten(), expected, 1e-3, 1e-3)
+        close(flat(block.diagonal()).double().sum(), block.trace().double(), 1e-3, 1e-3)
+    close(K.eigenvalues(), torch.linalg.eigvalsh(M), 1e-4, 1e-4)
+
+
+def test_products_are_computed_in_the_wider_type():
+    block, v = Kronecker(psd(3), psd(4)), torch.randn(3, 4)
+    close(block.matvec(v), block.matvec(v.double()).float(), 1e-7, 1e-7)
+
+
+def test_range_of_low_precision():
+    for c in (300.0, 1e-4):
+        K = Kronecker(c * torch.eye(2, dtype=torch.float16), c * torch.eye(2, dtype=torch.float16))
+        close(K.norm().double(), torch.tensor(2.0 * c**2).double(), 1e-2, 0.0)
+        close(K.trace().double(), torch.tensor(4.0 * c**2).double(), 1e-2, 0.0)
+    tiny = Kronecker(1e-25 * torch.eye(2), 1e12 * torch.eye(2))
+    close(tiny.norm(), torch.tensor(2e-13), 1e-5, 0.0)
+    with pytest.raises(ValueError, match="is singular"):
+        Kronecker(torch.zeros(2, 2), torch.zeros(2, 2)).logdet(1e-50)
+    eigen = Kronecker(torch.eye(40), torch.eye(40)).eigh().to(dtype=torch.bfloat16)
+    close(eigen.logdet(1.0), torch.tensor(1600 * 0.6931472), 1e-5, 0.0)
+
+
+@pytest.mark.parametrize("size, good", [(1e-7, True), (1e-3, False)])
+def test_how_symmetric_a_factor_has_to_be(size: float, good: bool):
+    A = torch.diag(torch.tensor([2.0, 1.0, 1.0]))
+    A[0, 1] += size
+    if good:
+        found = Kronecker(torch.eye(1), A).power(1.0).to_dense()
+        close(found, (A + A.T) / 2, 1e-6, 1e-6)
+        close(found, found.T, 0.0, 1e-7)
+    else:
+        with pytest.raises(ValueError, match="factor A is not symmetric"):
+            Kronecker(torch.eye(1), A).eigh()
+
+
+def test_how_indefinite_a_factor_may_be():
+    for lowest, good in ((-1e-7, True), (-1e-2, False)):
+        K = Kronecker(torch.eye(1), torch.diag(torch.tensor([1.0, lowest])))
+        if good:
+            assert float(K.eigenvalues()[0]) == 0
+        else:
+            with pytest.raises(ValueError, match="factor A is indefinite"):
+                K.eigenvalues()
+    with pytest.raises(ValueError, match="is indefinite"):
+        DiagonalBlock(torch.tensor([1.0, -1e-2])).eigenvalues()
+
+
+def test_rounding_is_no_rank():
+    torch.manual_seed(0)
+    for d, r in ((3, 2), (20, 19), (60, 10)):
+        x = torch.randn(r, d)
+        K = Kronecker(torch.eye(2), x.T @ x)
+        for method in ("exact", "factored", "cholesky"):
+            with pytest.raises(ValueError, match=r"singular|no Cholesky"):
+                K.inverse(method=method)
+
+
+def test_layouts_that_do_not_add_up():
+    B, A = psd(3), psd(3)
+    for other in (Kronecker(B, A, Axes("i o -> 1 o i")), Kronecker(B, A, joint=True)):
+        for what in (Kronecker.__add__, Kronecker.inner, partial(Kronecker.lerp, weight=0.1)):
+            with pytest.raises(ValueError, match="one shape and layout"):
+                what(Kronecker(B, A), other)
+
+
+def test_moving_averages():
+    K, L = Kronecker(psd(3), psd(4)), Kronecker(psd(3), psd(4))
+    M = K.lerp(L, 0.25)
+    close(M.B, 0.75 * K.B + 0.25 * L.B)
+    close(M.A, 0.75 * K.A + 0.25 * L.A)
+
+
+def test_low_precision_sums_are_formed_in_single():
+    torch.manual_seed(0)
+    block, _ = tied()
+    low = block.to(dtype=torch.bfloat16)
+    expected = low.to(dtype=torch.float64).eigenvalues()
+    assert (low.eigenvalues() - expected).abs().max() < 1e-4 * expected.max()

@@ -44,6 +44,7 @@ def work(rank: int, store: str, out: str) -> None:
     found = {"sum": H.all_reduce(average=False), "mean": H.all_reduce()}
     state = {k: v.state_dict() for k, v in found.items()}
     state["alone"] = H["plain"].all_reduce(average=False).state_dict()
+    state["alone, mean"] = H["plain"].all_reduce().state_dict()
     basis = Kronecker(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 2.0 + rank]])).eigh()
     try:
         basis.all_reduce()
@@ -65,7 +66,8 @@ def test_two_processes(tmp_path: Path):
                 tolerance = {"rtol": 0.05, "atol": 0.05} if name == "low" else {}
                 torch.testing.assert_close(H[name].to_dense(), expected, **tolerance)
             assert (H["plain"].rows, H["low"].rows) == (8, 3)
-        assert state["alone"]["rows"] == 8
+        assert state["alone"]["rows"] == state["alone, mean"]["rows"] == 8
+        torch.testing.assert_close(state["alone, mean"]["B"], total["plain"].B / 2)
         torch.testing.assert_close(state["alone"]["A"], total["plain"].A)
         assert "the processes have different eigenbases" in state["error"]
 

@@ -192,3 +192,45 @@ def test_training_mode_batch_norm_is_refused():
     problem = Problem(model, (torch.randn(5, 3),), nn.MSELoss(), torch.randn(5, 2))
     with pytest.raises(UnsupportedError, match="batch norm in training mode"):
         run(problem, EKFAC(fisher="empirical", unsupported="skip"))
+
+
+def test_several_losses_add_up():
+    problem, twice = CASES["mlp"](reduction="mean"), CASES["mlp"](reduction="mean")
+    run(problem, KFAC(fisher="exact"), EKFAC(fisher="exact"))
+    basis = {
+        p: q.kfac for p, q in zip(twice.model.parameters(), problem.model.parameters(), strict=True)
+    }
+    extend(twice.model), extend(twice.loss_fn)
+    with backpack(EKFAC(fisher="exact", basis=basis), EKFAC(fisher="exact", savefield="own")):
+        logits = twice.forward()
+        (twice.loss_fn(logits, twice.target) + 2 * twice.loss_fn(logits, twice.target)).backward()
+    for p, q in zip(twice.model.parameters(), problem.model.parameters(), strict=True):
+        close(p.ekfac.to_dense(), 3 * q.ekfac.to_dense())
+        close(p.own.trace(), 3 * q.ekfac.trace())
+
+
+def test_low_precision_network_in_given_bases():
+    problem = CASES["mlp"](reduction="mean")
+    problem.to(torch.bfloat16)
+    run(problem, KFAC(fisher="exact"))
+    basis = {p: p.kfac for p in problem.model.parameters()}
+    for dtype in (None, torch.float64):
+        run(
+            problem,
+            EKFAC(fisher="exact", basis=basis, dtype=dtype),
+            EKFAC(fisher="exact", savefield="own"),
+        )
+        for p in problem.model.parameters():
+            assert p.ekfac.values.dtype == (dtype or torch.float32)
+            assert p.ekfac.matvec(p.detach()).dtype == torch.bfloat16
+            close(p.ekfac.values.float(), p.own.values, 1e-3)
+
+
+def test_results_carry_no_graph():
+    problem = CASES["mlp"](reduction="mean")
+    extend(problem.model), extend(problem.loss_fn)
+    with backpack(EKFAC(fisher="empirical"), KFAC(fisher="empirical")):
+        problem.loss().backward(create_graph=True)
+    for p in problem.model.parameters():
+        assert not p.ekfac.values.requires_grad and not p.kfac.B.requires_grad
+        p.grad = None

@@ -183,9 +183,8 @@ def test_separate_and_joint_blocks_agree_on_the_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_data_type_is_kept(dtype: torch.dtype):
     K = Kronecker(torch.eye(3, dtype=dtype), torch.ones(2, dtype=dtype))
-    assert (
-        K.to_dense().dtype == K.trace().dtype == K.matvec(torch.ones(3, 2, dtype=dtype)).dtype == dtype
-    )
+    assert K.to_dense().dtype == K.matvec(torch.ones(3, 2, dtype=dtype)).dtype == dtype
+    assert K.trace().dtype == K.norm().dtype == torch.float32  # sums leave the range of low precision
 
 
 def test_sum_of_two_roles():

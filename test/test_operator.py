@@ -9,7 +9,7 @@ from oracle import ggn_block
 from torch import Tensor, nn
 
 from backpack_ext import EKFAC, KFAC, DiagGGN, backpack, extend
-from curvature import BlockDiagonalOperator, DiagonalBlock, Kronecker
+from curvature import BlockDiagonalOperator, DenseBlock, DiagonalBlock, Kronecker
 
 DELTA = 0.2
 EXTENSIONS = {
@@ -211,3 +211,68 @@ def test_a_large_operator_has_no_dense_form(monkeypatch: pytest.MonkeyPatch):
     H = BlockDiagonalOperator({"a": DiagonalBlock(torch.ones(4))})
     with pytest.raises(ValueError, match=r"BlockDiagonalOperator\.to_dense needs the dense matrix"):
         H.to_dense()
+
+
+def test_all_kinds_of_inverses(operator: BlockDiagonalOperator):
+    for method in ("factored", "cholesky"):
+        inverse = operator.inverse(DELTA, method=method)
+        for key, block in operator.blocks.items():
+            assert inverse.blocks[key].shapes == block.shapes
+    with pytest.raises(ValueError, match=r"block of 0\.weight.*method='lu'"):
+        operator.inverse(DELTA, method="lu")
+
+
+def test_sums_keep_their_order():
+    a, b = DiagonalBlock(torch.ones(2)), DiagonalBlock(torch.zeros(1))
+    H = BlockDiagonalOperator({"a": a, "b": b}, ["b", "a"])
+    for total in (H + H, 2 * H, H.inverse(1.0), H.to(dtype=torch.float64)):
+        assert total.names == ("b", "a") and total.diagonal(flat=True)[0] in (0, 1)
+    with pytest.raises(TypeError, match="block of a"):
+        H + BlockDiagonalOperator({"a": DenseBlock(torch.eye(2)), "b": b}, ["b", "a"])
+
+
+def test_dampings_of_unknown_names():
+    joint = Kronecker(torch.eye(2), torch.eye(3), joint=True)
+    H = BlockDiagonalOperator({("w", "b"): joint})
+    with pytest.raises(ValueError, match="unknown names typo"):
+        H.inverse({"w": 0.1, "typo": 1.0})
+    with pytest.raises(ValueError, match="are one block and have one damping"):
+        H.inverse({"w": 0.1, "b": 1.0})
+    H.inverse({"w": 0.1, "b": 0.1})
+
+
+def test_a_gradient_is_no_curvature():
+    w = nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"no block in \.grad"):
+        BlockDiagonalOperator.of_parameters([("w", w)], "grad")
+
+
+def test_unusual_numpy_arrays():
+    pytest.importorskip("scipy")
+    H = BlockDiagonalOperator({"a": DiagonalBlock(torch.tensor([1.0, 2.0]).requires_grad_())})
+    v = torch.tensor([3.0, 4.0]).numpy()
+    assert (H.to_scipy() @ v[::-1]).tolist() == [4.0, 6.0]
+    with pytest.raises(TypeError, match="the operator is real"):
+        H.to_scipy() @ (1j * v)
+
+
+def test_models_with_norms():
+    """EKFAC in the bases of KFAC, as the README says; norms have dense blocks."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double())
+    loss_fn, x, y = extend(nn.CrossEntropyLoss()), torch.randn(5, 3).double(), torch.randint(2, (5,))
+    with backpack(KFAC(fisher="exact")):
+        loss_fn(model(x), y).backward()
+    with backpack(EKFAC(fisher="exact", basis={p: p.kfac for p in model.parameters()})):
+        loss_fn(model(x), y).backward()
+    H = BlockDiagonalOperator.of_parameters(model.named_parameters(), "ekfac")
+    close(
+        H.solve(torch.ones(H.dim).double(), 0.1),
+        torch.linalg.solve(by_hand(H) + 0.1 * torch.eye(H.dim).double(), torch.ones(H.dim).double()),
+    )
+
+
+def test_linear_operators_diagonal(operator: BlockDiagonalOperator):
+    pytest.importorskip("linear_operator")
+    close(operator.to_linear_operator().diagonal(), by_hand(operator).diagonal())
