@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import blocks, structured
+from benchmarks import blocks
 from benchmarks.__main__ import main
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.memory import peak_memory
@@ -130,10 +130,3 @@ def test_blocks(tmp_path, capsys):
     assert stored["training"].keys() == found["training"].keys()
     assert found["block"]["matvec"][6][1] == 1 and set(found["training"]) > {"KFAC", "EKFAC"}
     assert "EKFAC, given bases" in capsys.readouterr().out
-
-
-def test_structured(tmp_path, capsys):
-    structured.main(["--quick", "--dims", "6", "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("*.json")
-    assert json.loads(path.read_text())["machine"]["device"] == "cpu"
-    assert "lower-toeplitz" in capsys.readouterr().out
