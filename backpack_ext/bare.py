@@ -1,11 +1,13 @@
-"""Parameters that no layer's rule covers, through autograd's own vector-Jacobian products.
+"""Parameters that no layer's rule covers, found in the graph.
 
 Class tokens, position embeddings, layer scales, attention's and recurrent layers' weights, home-made
 norms: somewhere on its way from the parameter to the loss the graph gains the axis of the data. At
-the output of that operation, the *cut*, the cotangents of all data are still apart. From there
-back to the parameter they are carried one datum at a time, with the others' rows zeroed. That is
-exact for any operation. It costs N vector-Jacobian products of the operations in between: little
-for what is broadcast, more than a rule for a matrix.
+the output of that operation, the *cut*, the cotangents of all data are still apart.
+
+A cut that is a matrix product is a linear layer in all but name and is treated as one, see
+`backpack_ext.products`. From any other cut back to the parameter, cotangents are carried one datum at
+a time, with the others' rows zeroed: N vector-Jacobian products of the operations in between, exact
+for any operation, and little for what is broadcast.
 
 Where the data are at a candidate cut is not guessed from sizes but tried, the first time: vectors
 of some of the data are sent, and must arrive at rows of these data alone.
@@ -14,6 +16,7 @@ of some of the data are sent, and must arrive at rows of these data alone.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Sequence
 from math import prod
 from typing import NamedTuple
@@ -24,8 +27,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack_ext.context import SuspendBackpack
-from backpack_ext.graph import Capture, Reach
+from backpack_ext.graph import Capture, Reach, sites_at, without_upstream
 from backpack_ext.losses import Layout
+from backpack_ext.product_layers import Found, product_sites
+from backpack_ext.products import SELECTIONS, Product, Route, find_product, in_own_pass
+from backpack_ext.reading import Reading
 from backpack_ext.rules.elementwise import ElementwiseRule
 from backpack_ext.site import Site, roots
 from backpack_ext.sweep import silent
@@ -41,6 +47,7 @@ class BareRule(ElementwiseRule):
     """A parameter as its own layer: what arrives are its per-sample vectors ``[v,n,*shape]``."""
 
     weight, bias = None, None
+    in_graph = True
 
     def normalized(self, site: Site, x: Tensor) -> Tensor:
         """Return ones: a shift has constant inputs."""
@@ -59,18 +66,6 @@ class BareRule(ElementwiseRule):
 BARE = BareRule()
 
 
-class Reading(NamedTuple):
-    """Where the data are in a tensor: along ``axis``, of size k N, as ``[N, k]`` or as ``[k, N]``."""
-
-    axis: int
-    first: bool
-
-    def owner(self, size: int, N: int, device: torch.device) -> Tensor:
-        """Return the datum of each position along the axis."""
-        position = torch.arange(size, device=device)
-        return position // (size // N) if self.first else position % N
-
-
 class _Known(NamedTuple):
     """What is known of a parameter after it was met once."""
 
@@ -82,25 +77,23 @@ class _Known(NamedTuple):
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-# Route from a cut down to the parameter: (input of the node, output of that input's node, further
-# route); None at the parameter. Numbers only, since what hooks hold must not hold nodes.
-Route = tuple[tuple[int, int, "Route | None"], ...]
-
 
 def add_bare(
-    reach: Reach, start: GradientEdge, layout: Layout | None, like: Tensor, made: dict[int, Site]
+    reach: Reach, start: GradientEdge, layout: Layout | None, like: Tensor, made: dict[tuple, Site]
 ) -> None:
-    """Add Sites for trainable parameters that no recorded call covers, where that can be done.
+    """Add Sites for uses of trainable parameters that no recorded call covers, where possible.
 
     Args:
         reach: The graph behind a loss; its batch size is that of its Sites. It grows.
         start: Edge of the loss's input (or of the model's output).
         layout: How the data are laid out there; None if that is not known.
         like: A tensor of that shape, dtype and device.
-        made: The Sites made in this backward pass, by the parameter's id. It grows.
+        made: The Sites made in this backward pass, by what they stand for. It grows.
     """
-    covered = {id(p) for site in reach.sites if site.error is None for p in site.parameters.values()}
-    wanted = [p for key, p in reach.parameters.items() if key not in covered]
+    calls = Counter(
+        id(p) for site in reach.sites if site.error is None for p in site.parameters.values()
+    )
+    wanted = [p for key, p in reach.parameters.items() if reach.uses[key] > calls[key]]
     if not wanted or not reach.sites:
         return
     some = next(iter(reach.sites))
@@ -109,6 +102,7 @@ def add_bare(
         return
     probe = _Probe(start, layout, like) if checked and layout is not None and not reach.coupled else None
     readers = _readers(reach.nodes)
+    found: dict[int, Found] = {}
     for p in wanted:
         if p not in _known:
             _known[p] = _Known(*_owner(p), {}, {})
@@ -116,16 +110,45 @@ def add_bare(
         cuts = _cuts(leaf.node, p, readers, some, known.readings, probe)
         if cuts is None:
             continue
-        site = made.get(id(p))
+        if calls[id(p)]:
+            cuts = [cut for cut in cuts if not _recorded(cut[0].node, p, readers)]
+        products = [
+            find_product(edge.node, edge.output_nr, reading, route, p, known.readings)
+            for edge, reading, route in cuts
+        ]
+        checks = known.checks if checked else some.checks
+        found[id(p)] = Found(p, known.module, known.name, checks, cuts, products, known.readings)
+    layers = product_sites(list(found.values()), readers, N, some.batch_axis, made)
+    outermost = without_upstream(start.node, {edge.node for edge in layers.values()})
+    for site, edge in layers.items():
+        reach.sites[site] = [Capture(edge)]
+        if edge.node in outermost:
+            reach.sources[site] = edge
+    treated = {id(p) for site in layers for p in site.parameters.values()}
+    for key, f in found.items():
+        if key in treated or calls[key]:
+            continue
+        site = made.get((key,))
         if site is None:
-            checks = known.checks if checked else some.checks
-            arguments = (known.module, known.name, BARE, {"parameter": p}, p, N, some.batch_axis)
-            site = made[id(p)] = Site(*arguments, p, checks)
+            arguments = (f.module, f.name, BARE, {"parameter": f.p}, f.p, N, some.batch_axis)
+            site = made[(key,)] = Site(*arguments, f.p, f.checks)
             site.broadcast = True
         reach.sites[site] = [
-            Capture(edge, vectors=_Vectors(N, reading, route)) for edge, reading, route in cuts
+            Capture(edge, vectors=_vectors(N, reading, route, product))
+            for (edge, reading, route), product in zip(f.cuts, f.products, strict=True)
         ]
-        reach.sources[site] = leaf
+        reach.sources[site] = get_gradient_edge(f.p)
+
+
+def _recorded(cut: Node, p: nn.Parameter, readers: dict[tuple[Node, int], list[Node]]) -> bool:
+    """Whether a cut is within a recorded call of a layer of the parameter."""
+    level = [cut]
+    for _ in range(8):  # operations within a layer: a product, reshapes, the addition of a bias
+        for node in level:
+            if any(q is p for site in sites_at(node) for q in site.parameters.values()):
+                return True
+        level = [r for node in level for r in readers.get((node, 0), ())]
+    return False
 
 
 def _owner(p: nn.Parameter) -> tuple[nn.Module, str]:
@@ -190,7 +213,11 @@ def _cuts(
                 (GradientEdge(node, k), reading, _route(node, leaf, inside))
                 for (node, k), reading in cuts.items()
             ]
-        readings = _readings(found, depth, N, site.batch_axis, known, probe)
+        # what only rearranges the parameter has no data yet, whatever its sizes
+        moved = {output for output in found if output[0].name() in SELECTIONS}
+        others = {output: inner for output, inner in found.items() if output not in moved}
+        readings = _readings(others, depth, N, site.batch_axis, known, probe)
+        readings.update(dict.fromkeys(moved))
         level = []
         for (reader, k), reading in readings.items():
             if reading is not None:
@@ -271,8 +298,9 @@ class _Probe:
 def _candidates(shape: tuple[int, ...], N: int, axis: int) -> list[Reading]:
     """Return the readings that a shape admits, the likeliest first."""
     found = [Reading(a, True) for a, size in enumerate(shape) if size == N]
-    if shape and shape[0] > N and shape[0] % N == 0:
-        found += [Reading(0, True), Reading(0, False)]
+    for a, size in enumerate(shape):
+        if size > N and size % N == 0:
+            found += [Reading(a, True), Reading(a, False)]
     # stable: among equals the order above
     return sorted(found, key=lambda r: (r.axis != axis, not r.first))
 
@@ -281,6 +309,8 @@ def _guess(inner: tuple[int, ...], outer: tuple[int, ...], N: int, axis: int) ->
     """Return the likeliest reading along an axis that the input has not, by sizes alone."""
     inner = (1,) * (len(outer) - len(inner)) + inner
     for reading in _candidates(outer, N, axis):
+        if reading.axis and outer[reading.axis] != N:
+            continue  # k N rows are likely in front only
         size = inner[reading.axis] if reading.axis < len(inner) else 1
         if N == 1 or size % N:
             return reading
@@ -302,6 +332,13 @@ def _route(node: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
     )
 
 
+def _vectors(N: int, reading: Reading, route: Route, product: Product | None):
+    """Return what turns cotangents at a cut into per-sample vectors of a parameter."""
+    if product is None or len(product.node._input_metadata[0].shape) > 2:
+        return _Vectors(N, reading, route)
+    return _ProductVectors(N, reading, route, product.left, product.reading)
+
+
 class _Vectors:
     """Turns cotangents at a cut into per-sample vectors of a parameter; it holds no node."""
 
@@ -319,15 +356,17 @@ class _Vectors:
         masks = [(owner == part[:, None]).reshape(len(part), *shape[1:]) for part in data.split(step)]
         with torch.no_grad():
             rows = [
-                torch.cat([self._products(node, index, mask * column) for mask in masks]) for column in g
+                torch.cat([self._each(node, index, mask * column, self.route) for mask in masks])
+                for column in g
             ]
         return torch.stack(rows)
 
-    def _products(self, node: Node, index: int, columns: Tensor) -> Tensor:
+    @staticmethod
+    def _each(node: Node, index: int, columns: Tensor, route: Route) -> Tensor:
         """Return the vector-Jacobian products of columns ``[c,*shape]`` along the route."""
 
         def product(column: Tensor) -> Tensor:
-            return _down(node, index, column, self.route)
+            return _down(node, index, column, route)
 
         with warnings.catch_warnings():
             # torch loops over the columns by itself where an operation has no batching rule
@@ -336,6 +375,35 @@ class _Vectors:
                 return torch.vmap(product)(columns)
             except RuntimeError:  # an operation that cannot be vectorised at all
                 return torch.stack([product(column) for column in columns])
+
+
+class _ProductVectors(_Vectors):
+    """The same where the cut is a matrix product: its own part costs one product, not N."""
+
+    def __init__(self, N: int, reading: Reading, route: Route, left: bool, rows: Reading):
+        super().__init__(N, reading, route)
+        self.left, self.rows = left, rows
+
+    def __call__(self, node: Node, index: int, g: Tensor) -> Tensor:
+        """Return ``[v,n,*parameter.shape]`` from ``g[v,*shape]`` at the product's output."""
+        entry, output, rest = self.route[0]
+        inner: list[Tensor] = []
+        product = Product(node, self.left, self.rows, None, self.route)
+        in_own_pass(lambda: inner.append(product.inputs()), g.device)
+        a = self.rows.split(inner[0], self.N)
+        b = self.rows.split(g.mT if self.left else g, self.N, 1)
+        child = node.next_functions[entry][0]
+        step = max(1, CHUNK // max(1, a.shape[-1] * b.shape[-1]))
+        with torch.no_grad():
+            rows = []
+            for column in b:
+                parts = []
+                for k in range(0, self.N, step):
+                    G = column[k : k + step].mT @ a[k : k + step]  # [n, o, i]
+                    G = G if self.left else G.mT
+                    parts.append(G if rest is None else self._each(child, output, G, rest))
+                rows.append(torch.cat(parts))
+        return torch.stack(rows)
 
 
 def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:

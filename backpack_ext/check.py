@@ -144,7 +144,7 @@ def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:
         G = normal.per_sample_sum(unit.a, unit.b)
         a = unit.a if isinstance(unit.a, normal.OneHot) else unit.a.abs()
         size = normal.per_sample_sum(a, unit.b.abs())
-    return unit.axes(role).to_parameter(G), size
+    return unit.placed(role, G), size
 
 
 def _parameters(site: Site) -> list[nn.Parameter]:

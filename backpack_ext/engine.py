@@ -125,7 +125,7 @@ class BackwardPass(Receiver):
         self.nodes: list[Collection[Node]] = []  # visited by walks
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
-        self.bare: dict[int, Site] = {}  # Sites of parameters outside of layers, by id
+        self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
         self.pending = Pending()
         self.handles: list = []
         self.hook = CollectingHook()
@@ -213,6 +213,8 @@ class BackwardPass(Receiver):
             note_computed()
         finally:
             modules = self.hook.remove()
+        for site in self.bare.values():  # another pass makes its own
+            site.release()
         if not self.keep:
             for site in self.expected:
                 site.release()

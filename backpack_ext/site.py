@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,10 +14,12 @@ from backpack_ext.errors import RecordingError, UnsupportedError
 if TYPE_CHECKING:
     from backpack_ext.rules.base import Rule
 
-# How many live Sites use a parameter, by id. A Site holds its module, hence its parameters, so an
-# id cannot be reused while it is counted. A count of one means: this call is all there is.
-_calls: dict[int, int] = {}
+# How many live Sites use a parameter, by id, or by id and part. A Site holds its module, hence its
+# parameters, so an id cannot be reused while it is counted. A count of one means: this call is all
+# there is.
+_calls: dict[int | tuple[int, int], int] = {}
 
+_WHOLE: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 # The outermost extended modules that were called: where messages find parameters' names.
 roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -42,6 +46,8 @@ class Site:
         depends_on_parameters: Whether the input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
         checks: How many checks each reading of this layer's rows still needs, see `reading`.
+        parts: By role, which part of a parameter this call uses, as ``(k, G)``: rows k of G equal
+            groups of rows (attention's ``in_proj_weight`` is three layers). Empty: the whole.
     """
 
     __slots__ = (
@@ -60,6 +66,7 @@ class Site:
         "out_shape",
         "output_nr",
         "parameters",
+        "parts",
         "rule",
         "x",
     )
@@ -75,6 +82,7 @@ class Site:
         batch_axis: int,
         output: Tensor,
         checks: dict[tuple, int],
+        parts: Mapping[str, tuple[int, int]] = _WHOLE,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version
@@ -84,10 +92,10 @@ class Site:
         self.error: str | None = None
         self.broadcast = False
         self.checks = checks
+        self.parts = parts
         self.note = None if rule is None else rule.note(module)
         self._live = True
-        for p in parameters.values():
-            key = id(p)
+        for key in self._keys():
             _calls[key] = _calls.get(key, 0) + 1
 
     def __repr__(self) -> str:
@@ -106,15 +114,23 @@ class Site:
     @property
     def shared(self) -> bool:
         """Whether another live call uses one of the parameters."""
-        for p in self.parameters.values():  # noqa: SIM110 (a generator costs three times as much)
-            if _calls.get(id(p), 0) > 1:
+        for key in self._keys():  # noqa: SIM110 (a generator costs three times as much)
+            if _calls.get(key, 0) > 1:
                 return True
         return False
 
-    @staticmethod
-    def uses_of(parameter: nn.Parameter) -> int:
-        """Return how many live calls use a parameter."""
-        return _calls.get(id(parameter), 0)
+    def uses_of(self, role: str, parameter: nn.Parameter) -> int:
+        """Return how many live calls use a parameter, or the same part of it as this call."""
+        return _calls.get(self._key(role, parameter), 0)
+
+    def _key(self, role: str, parameter: nn.Parameter) -> int | tuple[int, int]:
+        part = self.parts.get(role)
+        return id(parameter) if part is None else (id(parameter), part[0])
+
+    def _keys(self) -> list[int | tuple[int, int]]:
+        if not self.parts:
+            return [id(p) for p in self.parameters.values()]
+        return [self._key(role, p) for role, p in self.parameters.items()]
 
     def input(self) -> Tensor:
         """Return the recorded input.
@@ -188,8 +204,7 @@ class Site:
         self.x = None
         if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
-            for p in self.parameters.values():
-                key = id(p)
+            for key in self._keys():
                 count = _calls[key] - 1
                 if count:
                     _calls[key] = count

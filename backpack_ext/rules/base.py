@@ -39,6 +39,8 @@ class Rule(ABC):
     bias: str | None = "bias"
     # Whether W is diagonal, one weight per feature: see `ElementwiseRule`.
     elementwise: bool = False
+    # Whether its calls are found in the graph instead of recorded by a module's hook.
+    in_graph: bool = False
 
     def note(self, module: nn.Module) -> Any:
         """Return what else the forward pass depends on and may change until the backward."""
