@@ -14,7 +14,8 @@ of some of the data are sent, and must arrive at rows of these data alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -82,9 +83,10 @@ class _Known(NamedTuple):
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-# Route from a cut down to the parameter: (input of the node, output of that input's node, further
-# route); None at the parameter. Numbers only, since what hooks hold must not hold nodes.
-Route = tuple[tuple[int, int, "Route | None"], ...]
+# The operations from a cut down to the parameter, the cut first, each after all that read it. Of each
+# operation, what it passes on: (its input, output of that input's operation, place of that operation
+# in the route); None for the parameter. Numbers only, since what hooks hold must not hold nodes.
+Route = tuple[tuple[tuple[int, int, int | None], ...], ...]
 
 
 def add_bare(
@@ -293,12 +295,25 @@ def _apart(g: Tensor, reading: Reading, chosen: Tensor, N: int) -> bool:
     return not g.index_select(reading.axis, (~chosen)[owner].nonzero().squeeze(1)).any()
 
 
-def _route(node: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
+def _route(cut: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
     """Return the way from a cut down to the parameter."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        for child, k in node.next_functions:
+            if (child, k) in inside and child is not leaf and child not in order:
+                visit(child)
+        order[node] = None
+
+    visit(cut)
+    place = {node: k for k, node in enumerate(reversed(order))}
     return tuple(
-        (i, k, None if child is leaf else _route(child, leaf, inside))
-        for i, (child, k) in enumerate(node.next_functions)
-        if (child, k) in inside
+        tuple(
+            (i, k, place.get(child))
+            for i, (child, k) in enumerate(node.next_functions)
+            if (child, k) in inside
+        )
+        for node in place
     )
 
 
@@ -310,18 +325,17 @@ class _Vectors:
 
     def __call__(self, node: Node, index: int, g: Tensor) -> Tensor:
         """Return ``[v,n,*parameter.shape]`` from ``g[v,*shape]`` at an output of a node."""
-        axis = 1 + self.reading.axis
-        owner = self.reading.owner(g.shape[axis], self.N, g.device)
+        axis, (v, N) = 1 + self.reading.axis, (len(g), self.N)
+        owner = self.reading.owner(g.shape[axis], N, g.device)
         shape = [1] * g.dim()
         shape[axis] = -1
         step = max(1, CHUNK // max(1, prod(g.shape[1:])))
-        data = torch.arange(self.N, device=g.device)
-        masks = [(owner == part[:, None]).reshape(len(part), *shape[1:]) for part in data.split(step)]
+        rows = []
         with torch.no_grad():
-            rows = [
-                torch.cat([self._products(node, index, mask * column) for mask in masks]) for column in g
-            ]
-        return torch.stack(rows)
+            for part in torch.arange(v * N, device=g.device).split(step):
+                mask = (owner == (part % N)[:, None]).reshape(len(part), *shape[1:])
+                rows.append(self._products(node, index, g[part // N].mul_(mask)))
+        return torch.cat(rows).unflatten(0, (v, N))
 
     def _products(self, node: Node, index: int, columns: Tensor) -> Tensor:
         """Return the vector-Jacobian products of columns ``[c,*shape]`` along the route."""
@@ -333,30 +347,70 @@ class _Vectors:
             # torch loops over the columns by itself where an operation has no batching rule
             warnings.filterwarnings("ignore", message="There is a performance drop")
             try:
-                return torch.vmap(product)(columns)
+                return _in_a_pass_of_its_own(lambda: torch.vmap(product)(columns))
             except RuntimeError:  # an operation that cannot be vectorised at all
-                return torch.stack([product(column) for column in columns])
+                return torch.stack([_in_a_pass_of_its_own(partial(product, c)) for c in columns])
+
+
+_START = torch.zeros((), requires_grad=True)
+
+
+class _Run(torch.autograd.Function):
+    """An operation whose backward runs something else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, run: Callable[[], Tensor], results: list[Tensor]) -> Tensor:
+        ctx.run, ctx.results = run, results
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        ctx.results.append(ctx.run())
+        return None, None, None
+
+
+def _in_a_pass_of_its_own(run: Callable[[], Tensor]) -> Tensor:
+    """Call a function from within a nested backward pass, and return its result.
+
+    Activation checkpointing hands out each recomputed tensor once per backward pass: operations that
+    we call would use up what the main one has yet to ask for. And in a pass that was asked for some
+    gradients, ``backward(inputs=...)``, operations compute no others, even if we call them.
+    """
+    results: list[Tensor] = []
+    with torch.enable_grad():
+        _Run.apply(_START, run, results).backward()
+    return results[0]
 
 
 def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     """Return a cotangent's product with the Jacobian of the route, node by node.
 
-    A nested backward pass would also take ways around the route: an earlier step of a recurrent
-    cell reaches the same parameter.
+    A nested backward pass from the cut would also take ways around the route: an earlier step of a
+    recurrent cell reaches the same parameter.
     """
-    arguments = [None] * len(node._input_metadata)
-    arguments[index] = g
-    # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    found = node(*arguments) if callable(node) else node.apply(*arguments)
-    found = found if isinstance(found, tuple) else (found,)
-    parts = []
-    for i, k, rest in route:
-        if found[i] is not None:
+    nodes: dict[int, Node] = {0: node}
+    arrived: dict[int, dict[int, Tensor]] = {0: {index: g}}
+    total = None
+    for place, step in enumerate(route):
+        if place not in nodes:
+            continue  # no gradient arrived
+        node, given = nodes[place], arrived.pop(place)
+        arguments = [given.get(k) for k in range(len(node._input_metadata))]
+        # C++ nodes are callable, those of a custom autograd.Function have `apply`
+        found = node(*arguments) if callable(node) else node.apply(*arguments)
+        found = found if isinstance(found, tuple) else (found,)
+        for i, k, target in step:
+            if found[i] is None:
+                continue
             child = node.next_functions[i][0]
             like = child._input_metadata[k]
             # what the engine does between nodes: undo broadcasting and casts
             cotangent = found[i].sum_to_size(like.shape).to(like.dtype)
-            parts.append(cotangent if rest is None else _down(child, k, cotangent, rest))
-    if not parts:
-        raise RuntimeError(f"{node.name()} returned no gradient for a parameter behind it.")
-    return sum(parts)
+            if target is None:
+                total = cotangent if total is None else total + cotangent
+            else:
+                nodes[target], sums = child, arrived.setdefault(target, {})
+                sums[k] = sums[k] + cotangent if k in sums else cotangent
+    if total is None:
+        raise RuntimeError(f"{nodes[0].name()} returned no gradient for a parameter behind it.")
+    return total

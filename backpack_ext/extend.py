@@ -217,7 +217,7 @@ class SiteHook(Hook):
             output,
             self.checks,
         )
-        site.error = error
+        site.error = error or (None if rule is None else rule.misfit(module, x))
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
         if running is None:  # a layer that was called on its own is a model

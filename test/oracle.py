@@ -267,9 +267,7 @@ def normal_form(problem: Problem, name: str) -> tuple[Tensor, Tensor]:
     return normal_forms(problem, [name])[name]
 
 
-def normal_forms(
-    problem: Problem, names: list[str] | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
+def normal_forms(problem: Problem, names: list[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """`normal_form` of several layers, by default of all, from one Jacobian."""
     calls, logits = layer_calls(problem)
     named = {call.name: call.module for call in calls if names is None or call.name in names}

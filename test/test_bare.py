@@ -7,6 +7,7 @@ import torch
 from oracle import close
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from backpack_ext import KFAC, BatchGrad, BatchL2Grad, DiagGGN, UnsupportedError, backpack, extend
 from curvature import DenseBlock, DiagonalBlock, Kronecker
@@ -206,6 +207,41 @@ def test_per_sample_gradients(name: str, N: int):
     for key, p in model.named_parameters():
         close(p.grad_batch, G[key])
         close(p.batch_l2, G[key].reshape(N, -1).square().sum(1))
+
+
+def test_some_gradients_only():
+    """`backward(inputs=...)` computes no other gradients, but all per-sample ones are there."""
+    model, x, y = build("tokens")
+    G = per_sample(model, x, y)
+    extend(model)
+    with backpack(BatchGrad()):
+        extend(nn.CrossEntropyLoss())(model(x), y).backward(inputs=[model.body.scale])
+    close(model.body.scale.grad_batch, G["body.scale"])
+    assert model.head.weight.grad is None
+
+
+class Checkpointed(nn.Module):
+    """Any module, whose activations are recomputed."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("name", ["tokens", "functional", "attention", "weight norm", "used by hand"])
+def test_activation_checkpointing(name: str):
+    """Each recomputed tensor may be asked for once per backward pass."""
+    model, x, y = build(name)
+    G, blocks = per_sample(model, x, y), ggn(model, x)
+    names = list(dict(model.named_parameters()))
+    model.body = Checkpointed(model.body)
+    run(model, x, y, BatchGrad(), DiagGGN(), KFAC(fisher="mc"))
+    for key, p in zip(names, model.parameters(), strict=True):
+        close(p.grad_batch, G[key])
+        close(p.diag_ggn_exact.flatten(), blocks[key].diagonal())
 
 
 @every
