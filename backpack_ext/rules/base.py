@@ -44,8 +44,8 @@ class Rule(ABC):
         """Return what else the forward pass depends on and may change until the backward."""
         return None
 
-    def misfit(self, module: nn.Module, x: Tensor) -> str | None:
-        """Return why an input cannot be the layer's, if its shape says so.
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
+        """Return why a call cannot be that of the layer, if its first argument's shape says so.
 
         A subclass may have a forward of its own. Where it shows, the call's parameters are treated
         as those of a module without a rule.

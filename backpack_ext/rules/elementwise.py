@@ -74,7 +74,7 @@ class ElementwiseRule(Rule):
 class _LastAxesNormRule(ElementwiseRule):
     """Norms over the last axes."""
 
-    def misfit(self, module: nn.Module, x: Tensor) -> str | None:
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
         """Return what is wrong if the last axes are not the features."""
         shape = tuple(module.normalized_shape)
         if x.shape[-len(shape) :] == shape:
