@@ -230,8 +230,8 @@ class BackwardPass(Receiver):
             found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
             raise RecordingError(
                 f"The layers behind {start} disagree about the batch size ({found}). It is the "
-                "leading size of the outermost extended module's input: extend the whole model, not "
-                "its parts, and call the whole model."
+                "leading size of the first tensor that the outermost extended module is called with: "
+                "extend the whole model, not its parts, and call the whole model, with a tensor."
             )
         batch = next(iter(batches), 1)
         if batch == 0:

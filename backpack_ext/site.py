@@ -178,9 +178,10 @@ class Site:
             return t.reshape(v, -1, N, *feature_shape).transpose(1, 2)
         raise UnsupportedError(
             f"{self.label}: cannot find the {N} data of the batch in a tensor of shape "
-            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the outermost "
-            "extended module's input. If this layer counts its data elsewhere, say so: "
-            f"extend(model, batch_axis={{{self.name!r}: AXIS}})."
+            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the first tensor that "
+            "the outermost extended module is called with. If that is not the number of data, give "
+            "the model a tensor that leads with it as first argument. If this layer counts its data "
+            f"elsewhere, say so: extend(model, batch_axis={{{self.name!r}: AXIS}})."
         )
 
     def release(self) -> None:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
-# Other people's layers that compute `x @ W + b`, by name: this file does not import their packages.
-SWAPPED_LINEAR = ("Conv1D",)
+# Other people's layers, by name, since this file does not import their packages: like nn.Linear, and
+# those that compute `x @ W + b`.
+OTHER_LINEAR = ("torch_geometric.nn.dense.linear.Linear",)
+SWAPPED_LINEAR = ("transformers.pytorch_utils.Conv1D",)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -193,11 +195,20 @@ def layer_calls(problem: Problem) -> tuple[list[Call], Tensor]:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is affine in its weight."""
-    return isinstance(module, LAYERS) or _is_swapped_linear(module)
+    return isinstance(module, LAYERS) or _is_linear(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    named = _name(module) in OTHER_LINEAR or _is_swapped_linear(module)
+    return isinstance(module, nn.Linear) or named
 
 
 def _is_swapped_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in SWAPPED_LINEAR
+    return _name(module) in SWAPPED_LINEAR
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _groups(module: nn.Module) -> int:
@@ -224,7 +235,7 @@ def normal_outputs(module: nn.Module, z: Tensor) -> Tensor:
     R is the leading axis. S: the axes between R and the features of Linear and Embedding, the
     spatial axes of Conv, row-major.
     """
-    if isinstance(module, (nn.Linear, nn.Embedding)) or _is_swapped_linear(module):
+    if isinstance(module, nn.Embedding) or _is_linear(module):
         return z.reshape(1, z.shape[0], -1, z.shape[-1])
     return z.flatten(2).unflatten(1, (_groups(module), -1)).movedim(1, 0).transpose(2, 3)
 
