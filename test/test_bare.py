@@ -122,6 +122,34 @@ class Bilinear(nn.Module):
         return self.inner(x, x.flip(1))
 
 
+class FromMask(nn.Embedding):
+    """As OPT has it: its argument is no token."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward(mask.cumsum(1).long() - 1)
+
+
+class Whole(nn.Embedding):
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class Lookups(nn.Module):
+    """Embeddings with forwards of their own, and one that is looked up for all data together."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.more = FromMask(5, 8), Whole(5, 8)
+        self.relative = nn.Embedding(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions(torch.ones_like(x[..., 0])) + self.more()
+        q = x.unflatten(2, (2, 4)).transpose(1, 2)
+        index = torch.arange(5)
+        bias = self.relative(index - index[:, None] + 4).permute(2, 0, 1).unsqueeze(0)  # as T5 has it
+        return ((q @ q.mT + bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+
 class Centred(nn.Module):
     """Couples the data before the parameter's gradient is complete."""
 
@@ -155,6 +183,7 @@ BODIES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "bilinear": lambda: (Bilinear(), 4),
     "custom function": lambda: (WithCustom(), 8),
     "used by hand": lambda: (Tied(), 8),
+    "lookups": lambda: (Lookups(), 8),
 }
 every = pytest.mark.parametrize("name", BODIES)
 

@@ -71,19 +71,28 @@ with hidden("torchvision"):
     transformers.logging.set_verbosity_error()  # it warns of what it does without torchvision
     # modules are imported when their classes are asked for
     from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
         BertConfig,
         BertForMaskedLM,
         ConvNextConfig,
         ConvNextForImageClassification,
+        Gemma2Config,
+        Gemma2ForCausalLM,
         GPT2Config,
         GPT2LMHeadModel,
         LlamaConfig,
         LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
         ResNetConfig,
         ResNetForImageClassification,
+        T5Config,
+        T5ForConditionalGeneration,
         ViTConfig,
         ViTForImageClassification,
     )
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.pytorch_utils import Conv1D
 
@@ -411,17 +420,15 @@ def test_outputs_of_other_kinds(name, options):
     same_results(case.model, computed(name, "sdpa").model)
 
 
-@every_model
+@pytest.mark.parametrize("name", [*LANGUAGE, "vit"])  # the others have none
 def test_activation_checkpointing(name):
     case = build(name)
-    if not case.model.supports_gradient_checkpointing:
-        pytest.skip(f"{type(case.model).__name__} has none")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of its new name
         case.model.gradient_checkpointing_enable({"use_reentrant": False})
     case.model.train()
     run(case)
-    same_results(case.model, computed(name, "sdpa" if name in ATTENTION else None).model)
+    same_results(case.model, computed(name, "sdpa").model)
 
 
 @every_model
@@ -501,6 +508,74 @@ def test_rmsnorm_with_a_rule():
         agree(case, weight.kfac_expand.to_dense(), blocks[f"{path}.weight"])
         assert isinstance(weight.kfac_diagonal, DiagonalBlock)
         agree(case, weight.kfac_diagonal.diagonal(), blocks[f"{path}.weight"].diagonal())
+
+
+# Positions that other arguments decide, or that all data share; embeddings in two roles and more.
+OTHERS = {
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=V,
+            hidden_size=D,
+            word_embed_proj_dim=D,
+            num_hidden_layers=1,
+            ffn_dim=12,
+            num_attention_heads=2,
+            max_position_embeddings=7,
+        )
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=V,
+            d_model=D,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=12,
+            decoder_ffn_dim=12,
+            max_position_embeddings=7,
+        )
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=V, d_model=D, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=V, num_attention_heads=2, num_key_value_heads=1, head_dim=4, **LAYER_SIZES
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_with_a_forward_of_their_own(name):
+    """Per-sample gradients of all parameters; where a rule's forward was changed, a rule says how."""
+    torch.manual_seed(0)
+    model, x = randomize(OTHERS[name]()).double(), torch.randint(3, V, (N, T))
+    extra = {"decoder_input_ids": x.flip(1)} if name in ("bart", "t5") else {}
+    case = Case(
+        model, (x,), nn.CrossEntropyLoss(), torch.randint(V, (N * T,)), extra, token_logits, name
+    )
+    G = per_sample_grads(case)
+    with rules_restored():
+        if name == "gemma2":
+            extend(case.model), extend(case.loss_fn)
+            with (
+                pytest.raises(UnsupportedError, match=r"embed_tokens.*Register a rule"),
+                backpack(KFAC()),
+            ):
+                case.loss().backward()
+
+            @register_rule(Gemma2TextScaledWordEmbedding)
+            class ScaledRule(type(RULES[nn.Embedding])):
+                def cotangents(self, site, g):
+                    return site.module.embed_scale * super().cotangents(site, g)
+
+        case.model.zero_grad()
+        run(case)
+    for key, p in case.model.named_parameters():
+        close_enough = 1e-5 if name == "gemma2" else 1e-10  # its norms compute in float32
+        torch.testing.assert_close(p.grad_batch, G[key], rtol=0, atol=close_enough)
 
 
 def test_too_large_without_a_rule_is_named():
