@@ -164,7 +164,12 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites:
             with self._quiet(call.z.device.type):
-                check_layers(call.start, reach, layout, call.z)
+                again = check_layers(call.start, reach, layout, call.z)
+                if again:
+                    add_bare(reach, call.start, layout, call.z, self.bare)
+            if again:
+                self._check_reach(reach)
+                self._tap(reach)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
@@ -189,7 +194,12 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites and first:
             with self._quiet(grad.device.type):
-                check_layers(GradientEdge(node, 0), reach, layout, grad)
+                again = check_layers(GradientEdge(node, 0), reach, layout, grad)
+                if again:
+                    add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
+            if again:
+                self._check_reach(reach)
+                self._tap(reach)
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""

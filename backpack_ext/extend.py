@@ -219,6 +219,7 @@ class SiteHook(Hook):
             output,
             self.checks,
         )
+        error = error or self.checks.get("error")
         site.error = error or (None if rule is None else rule.misfit(module, x, output))
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)

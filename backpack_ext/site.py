@@ -41,7 +41,8 @@ class Site:
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
-        checks: How many checks each reading of this layer's rows still needs, see `reading`.
+        checks: How many checks each reading of this layer's rows still needs, see `reading`; and
+            what was found wrong, as ``"error"``.
     """
 
     __slots__ = (
@@ -102,6 +103,11 @@ class Site:
     def reading(self) -> tuple[int, bool]:
         """How the rows are read: the output's dimensions, and whether it leads with the data."""
         return len(self.out_shape), self.out_shape[:1] == (self.batch,)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the input consists of indices."""
+        return self.x is not None and not self.x.is_floating_point()
 
     @property
     def shared(self) -> bool:

@@ -238,6 +238,21 @@ def test_per_sample_gradients(name: str, N: int):
         close(p.batch_l2, G[key].reshape(N, -1).square().sum(1))
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_lookups_that_lead_with_as_many_rows_as_data(checked: bool):
+    """Relative positions `[5, 5]` and five data: found out by the check, and remembered."""
+    model, x, y = build("lookups", N=5)
+    G = per_sample(model, x, y)
+    run(model, x, y, BatchGrad(), DiagGGN(), check_layers=checked)
+    if checked:
+        run_again = extend(nn.CrossEntropyLoss())
+        with backpack(BatchGrad(), KFAC()):
+            run_again(model(x), y).backward()
+        assert isinstance(model.body.relative.weight.kfac, DenseBlock)
+    same = [torch.allclose(p.grad_batch, G[key]) for key, p in model.named_parameters()]
+    assert all(same) == checked
+
+
 def test_some_gradients_only():
     """`backward(inputs=...)` computes no other gradients, but all per-sample ones are there."""
     model, x, y = build("tokens")

@@ -510,7 +510,8 @@ def test_rmsnorm_with_a_rule():
         agree(case, weight.kfac_diagonal.diagonal(), blocks[f"{path}.weight"].diagonal())
 
 
-# Positions that other arguments decide, or that all data share; embeddings in two roles and more.
+# Positions that other arguments decide, or that all data share: T5's are [6, 6], which looks like 3
+# data with twelve each.
 OTHERS = {
     "opt": lambda: OPTForCausalLM(
         OPTConfig(
@@ -551,10 +552,10 @@ OTHERS = {
 def test_layers_with_a_forward_of_their_own(name):
     """Per-sample gradients of all parameters; where a rule's forward was changed, a rule says how."""
     torch.manual_seed(0)
-    model, x = randomize(OTHERS[name]()).double(), torch.randint(3, V, (N, T))
+    model, x = randomize(OTHERS[name]()).double(), torch.randint(3, V, (N, 6))
     extra = {"decoder_input_ids": x.flip(1)} if name in ("bart", "t5") else {}
     case = Case(
-        model, (x,), nn.CrossEntropyLoss(), torch.randint(V, (N * T,)), extra, token_logits, name
+        model, (x,), nn.CrossEntropyLoss(), torch.randint(V, (6 * N,)), extra, token_logits, name
     )
     G = per_sample_grads(case)
     with rules_restored():
