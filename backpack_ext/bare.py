@@ -101,6 +101,7 @@ def add_bare(
         like: A tensor of that shape, dtype and device.
         made: The Sites made in this backward pass, by the parameter's id. It grows.
     """
+    _spread_errors(reach.sites)
     covered = {id(p) for site in reach.sites if site.error is None for p in site.parameters.values()}
     wanted = [p for key, p in reach.parameters.items() if key not in covered]
     if not wanted or not reach.sites:
@@ -128,6 +129,19 @@ def add_bare(
             Capture(edge, vectors=_Vectors(N, reading, route)) for edge, reading, route in cuts
         ]
         reach.sources[site] = leaf
+
+
+def _spread_errors(sites: Collection[Site]) -> None:
+    """Have no rule treat a part of the calls that use a parameter: the others would be missing."""
+    broken = [site for site in sites if site.error is not None]
+    while broken:
+        bad = {id(p): site for site in broken for p in site.parameters.values()}
+        broken = []
+        for site in sites:
+            other = next((bad[id(p)] for p in site.parameters.values() if id(p) in bad), None)
+            if site.error is None and other is not None and site.rule is not BARE:
+                site.error = f"it is also used by {other.label}: {other.error}"
+                broken.append(site)
 
 
 def _owner(p: nn.Parameter) -> tuple[nn.Module, str]:

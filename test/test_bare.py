@@ -150,6 +150,19 @@ class Lookups(nn.Module):
         return ((q @ q.mT + bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
 
 
+class TiedLookups(Lookups):
+    """A weight with a role that a rule covers, and one that none does."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied = nn.Linear(2, 9)
+        self.tied.weight = self.relative.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.tied(x[..., :2])[..., 1:]
+
+
 class Centred(nn.Module):
     """Couples the data before the parameter's gradient is complete."""
 
@@ -184,6 +197,7 @@ BODIES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "custom function": lambda: (WithCustom(), 8),
     "used by hand": lambda: (Tied(), 8),
     "lookups": lambda: (Lookups(), 8),
+    "tied lookups": lambda: (TiedLookups(), 8),
 }
 every = pytest.mark.parametrize("name", BODIES)
 
