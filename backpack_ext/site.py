@@ -75,7 +75,7 @@ class Site:
         batch: int,
         batch_axis: int,
         output: Tensor,
-        checks: dict[tuple, int],
+        checks: dict,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version

@@ -14,6 +14,7 @@ from oracle import (
     output_hessian,
     per_sample_grads,
 )
+from others import without_torchvision
 from torch import Tensor, nn
 
 from backpack_ext import (
@@ -30,10 +31,11 @@ from backpack_ext import (
 from backpack_ext.rules import RULES, base
 from curvature import DenseBlock, Kronecker
 
-pytest.importorskip("torch_geometric")
-from torch_geometric.data import Batch, Data
-from torch_geometric.nn import GCNConv, GINConv, SAGEConv, global_mean_pool
-from torch_geometric.nn import Linear as GeometricLinear
+with without_torchvision():
+    pytest.importorskip("torch_geometric")
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.nn import GCNConv, GINConv, SAGEConv, global_mean_pool
+    from torch_geometric.nn import Linear as GeometricLinear
 
 D, H, CLASSES = 4, 6, 3
 FIELDS = {"expand": "kfac_expand", "reduce": "kfac_reduce"}

@@ -5,7 +5,6 @@ reference, by hooks and plain autograd.
 """
 
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from oracle import (
     output_hessian,
     per_sample_grads,
 )
+from others import without_torchvision
 from torch import Tensor, nn
 
 from backpack_ext import (
@@ -45,28 +45,7 @@ from backpack_ext import (
 from backpack_ext.rules import RULES, ElementwiseRule, base
 from curvature import Axes, DenseBlock, DiagonalBlock, Kronecker, KroneckerSum
 
-
-@contextmanager
-def hidden(name: str):
-    """Have an installed package look as if it were not.
-
-    torchvision comes along with BackPACK, but its CUDA build cannot be imported beside a CPU build
-    of torch; transformers imports it with its vision models wherever it finds it. None among the
-    loaded modules makes `importlib.util.find_spec` find nothing.
-    """
-    missing = object()
-    before = sys.modules.get(name, missing)
-    sys.modules[name] = None
-    try:
-        yield
-    finally:
-        if before is missing:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-
-
-with hidden("torchvision"):
+with without_torchvision():
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()  # it warns of what it does without torchvision
     # modules are imported when their classes are asked for
