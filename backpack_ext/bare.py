@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -29,8 +30,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from backpack_ext.context import SuspendBackpack
 from backpack_ext.graph import Capture, Reach, sites_at, without_upstream
 from backpack_ext.losses import Layout
+from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.product_layers import Found, product_sites
-from backpack_ext.products import SELECTIONS, Product, Route, find_product, in_own_pass
+from backpack_ext.products import SELECTIONS, Product, Route, below, find_product
 from backpack_ext.reading import Reading
 from backpack_ext.rules.elementwise import ElementwiseRule
 from backpack_ext.site import Site, roots
@@ -90,6 +92,7 @@ def add_bare(
         like: A tensor of that shape, dtype and device.
         made: The Sites made in this backward pass, by what they stand for. It grows.
     """
+    _spread_errors(reach.sites)
     calls = Counter(
         id(p) for site in reach.sites if site.error is None for p in site.parameters.values()
     )
@@ -149,6 +152,19 @@ def _recorded(cut: Node, p: nn.Parameter, readers: dict[tuple[Node, int], list[N
                 return True
         level = [r for node in level for r in readers.get((node, 0), ())]
     return False
+
+
+def _spread_errors(sites: Collection[Site]) -> None:
+    """Have no rule treat a part of the calls that use a parameter: the others would be missing."""
+    broken = [site for site in sites if site.error is not None]
+    while broken:
+        bad = {id(p): site for site in broken for p in site.parameters.values()}
+        broken = []
+        for site in sites:
+            other = next((bad[id(p)] for p in site.parameters.values() if id(p) in bad), None)
+            if site.error is None and other is not None and not site.rule.in_graph:
+                site.error = f"it is also used by {other.label}: {other.error}"
+                broken.append(site)
 
 
 def _owner(p: nn.Parameter) -> tuple[nn.Module, str]:
@@ -323,12 +339,25 @@ def _apart(g: Tensor, reading: Reading, chosen: Tensor, N: int) -> bool:
     return not g.index_select(reading.axis, (~chosen)[owner].nonzero().squeeze(1)).any()
 
 
-def _route(node: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
+def _route(cut: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
     """Return the way from a cut down to the parameter."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        for child, k in node.next_functions:
+            if (child, k) in inside and child is not leaf and child not in order:
+                visit(child)
+        order[node] = None
+
+    visit(cut)
+    place = {node: k for k, node in enumerate(reversed(order))}
     return tuple(
-        (i, k, None if child is leaf else _route(child, leaf, inside))
-        for i, (child, k) in enumerate(node.next_functions)
-        if (child, k) in inside
+        tuple(
+            (i, k, place.get(child))
+            for i, (child, k) in enumerate(node.next_functions)
+            if (child, k) in inside
+        )
+        for node in place
     )
 
 
@@ -347,19 +376,17 @@ class _Vectors:
 
     def __call__(self, node: Node, index: int, g: Tensor) -> Tensor:
         """Return ``[v,n,*parameter.shape]`` from ``g[v,*shape]`` at an output of a node."""
-        axis = 1 + self.reading.axis
-        owner = self.reading.owner(g.shape[axis], self.N, g.device)
+        axis, (v, N) = 1 + self.reading.axis, (len(g), self.N)
+        owner = self.reading.owner(g.shape[axis], N, g.device)
         shape = [1] * g.dim()
         shape[axis] = -1
         step = max(1, CHUNK // max(1, prod(g.shape[1:])))
-        data = torch.arange(self.N, device=g.device)
-        masks = [(owner == part[:, None]).reshape(len(part), *shape[1:]) for part in data.split(step)]
+        rows = []
         with torch.no_grad():
-            rows = [
-                torch.cat([self._each(node, index, mask * column, self.route) for mask in masks])
-                for column in g
-            ]
-        return torch.stack(rows)
+            for part in torch.arange(v * N, device=g.device).split(step):
+                mask = (owner == (part % N)[:, None]).reshape(len(part), *shape[1:])
+                rows.append(self._each(node, index, g[part // N].mul_(mask), self.route))
+        return torch.cat(rows).unflatten(0, (v, N))
 
     @staticmethod
     def _each(node: Node, index: int, columns: Tensor, route: Route) -> Tensor:
@@ -372,9 +399,9 @@ class _Vectors:
             # torch loops over the columns by itself where an operation has no batching rule
             warnings.filterwarnings("ignore", message="There is a performance drop")
             try:
-                return torch.vmap(product)(columns)
+                return in_a_pass_of_its_own(lambda: torch.vmap(product)(columns))
             except RuntimeError:  # an operation that cannot be vectorised at all
-                return torch.stack([product(column) for column in columns])
+                return torch.stack([in_a_pass_of_its_own(partial(product, c)) for c in columns])
 
 
 class _ProductVectors(_Vectors):
@@ -386,13 +413,11 @@ class _ProductVectors(_Vectors):
 
     def __call__(self, node: Node, index: int, g: Tensor) -> Tensor:
         """Return ``[v,n,*parameter.shape]`` from ``g[v,*shape]`` at the product's output."""
-        entry, output, rest = self.route[0]
-        inner: list[Tensor] = []
+        entry, output, _ = self.route[0][0]
         product = Product(node, self.left, self.rows, None, self.route)
-        in_own_pass(lambda: inner.append(product.inputs()), g.device)
-        a = self.rows.split(inner[0], self.N)
+        a = self.rows.split(in_a_pass_of_its_own(product.inputs), self.N)
         b = self.rows.split(g.mT if self.left else g, self.N, 1)
-        child = node.next_functions[entry][0]
+        child, rest = node.next_functions[entry][0], below(self.route)
         step = max(1, CHUNK // max(1, a.shape[-1] * b.shape[-1]))
         with torch.no_grad():
             rows = []
@@ -401,7 +426,7 @@ class _ProductVectors(_Vectors):
                 for k in range(0, self.N, step):
                     G = column[k : k + step].mT @ a[k : k + step]  # [n, o, i]
                     G = G if self.left else G.mT
-                    parts.append(G if rest is None else self._each(child, output, G, rest))
+                    parts.append(self._each(child, output, G, rest) if rest else G)
                 rows.append(torch.cat(parts))
         return torch.stack(rows)
 
@@ -409,22 +434,32 @@ class _ProductVectors(_Vectors):
 def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     """Return a cotangent's product with the Jacobian of the route, node by node.
 
-    A nested backward pass would also take ways around the route: an earlier step of a recurrent
-    cell reaches the same parameter.
+    A nested backward pass from the cut would also take ways around the route: an earlier step of a
+    recurrent cell reaches the same parameter.
     """
-    arguments = [None] * len(node._input_metadata)
-    arguments[index] = g
-    # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    found = node(*arguments) if callable(node) else node.apply(*arguments)
-    found = found if isinstance(found, tuple) else (found,)
-    parts = []
-    for i, k, rest in route:
-        if found[i] is not None:
+    nodes: dict[int, Node] = {0: node}
+    arrived: dict[int, dict[int, Tensor]] = {0: {index: g}}
+    total = None
+    for place, step in enumerate(route):
+        if place not in nodes:
+            continue  # no gradient arrived
+        node, given = nodes[place], arrived.pop(place)
+        arguments = [given.get(k) for k in range(len(node._input_metadata))]
+        # C++ nodes are callable, those of a custom autograd.Function have `apply`
+        found = node(*arguments) if callable(node) else node.apply(*arguments)
+        found = found if isinstance(found, tuple) else (found,)
+        for i, k, target in step:
+            if found[i] is None:
+                continue
             child = node.next_functions[i][0]
             like = child._input_metadata[k]
             # what the engine does between nodes: undo broadcasting and casts
             cotangent = found[i].sum_to_size(like.shape).to(like.dtype)
-            parts.append(cotangent if rest is None else _down(child, k, cotangent, rest))
-    if not parts:
-        raise RuntimeError(f"{node.name()} returned no gradient for a parameter behind it.")
-    return sum(parts)
+            if target is None:
+                total = cotangent if total is None else total + cotangent
+            else:
+                nodes[target], sums = child, arrived.setdefault(target, {})
+                sums[k] = sums[k] + cotangent if k in sums else cotangent
+    if total is None:
+        raise RuntimeError(f"{nodes[0].name()} returned no gradient for a parameter behind it.")
+    return total

@@ -203,7 +203,9 @@ class SiteHook(Hook):
         )
         if not parameters or not torch.is_grad_enabled():
             return
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor):
+            return  # a subclass with a forward of its own: its parameters are left to autograd
         batch = None if running is None else running.batch
         if batch is None:
             batch = x.shape[self.batch_axis] if x.dim() > self.batch_axis else 0
@@ -219,7 +221,8 @@ class SiteHook(Hook):
             output,
             self.checks,
         )
-        site.error = error
+        error = error or self.checks.get("error")
+        site.error = error or (None if rule is None else rule.misfit(module, x, output))
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
         if running is None:  # a layer that was called on its own is a model

@@ -208,12 +208,17 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
     site.broadcast = bool(found) and not rest
     if site.broadcast:
         captures[:] = found
-    elif found or site.out_shape[:1] == (1,):
+    elif found or site.out_shape[:1] == (1,) or _is_for_all_data(site):
         site.error = (
             f"its output of shape {tuple(site.out_shape)} is shared by all {site.batch} data, and "
             f"the vectors of the single datum cannot be told apart behind {sorted(set(rest))}. "
             "Only outputs that are added to per-datum tensors can be treated"
         )
+
+
+def _is_for_all_data(site: Site) -> bool:
+    """Whether an embedding was looked up for all data together (relative positions ``[T, T]``, say)."""
+    return site.looked_up and bool(site.out_shape) and site.out_shape[0] % site.batch != 0
 
 
 def edge_of(t: Tensor) -> GradientEdge:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.products import (
     STACKED,
     BiasOf,
@@ -16,7 +17,6 @@ from backpack_ext.products import (
     Product,
     Route,
     find_bias,
-    in_own_pass,
     rule_for,
 )
 from backpack_ext.reading import Reading
@@ -92,15 +92,16 @@ def product_sites(
         return {}
     for owner in found:
         _join_bias(owner, layers, readers)
-    inputs: dict[Node, Tensor] = {}
 
-    def read() -> None:
-        for node, parts in layers.items():
-            product = parts[0].product
-            if any(_key(layer) not in made for layer in parts):
-                inputs[node] = product.reading.split(product.inputs(), N)
+    def read() -> dict[Node, Tensor]:
+        new = [
+            parts[0].product
+            for parts in layers.values()
+            if any(_key(part) not in made for part in parts)
+        ]
+        return {product.node: product.reading.split(product.inputs(), N) for product in new}
 
-    in_own_pass(read, found[0].p.device)
+    inputs = in_a_pass_of_its_own(read)
     sites = {}
     for node, parts in layers.items():
         for layer in parts:

@@ -9,7 +9,7 @@ factors of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -23,9 +23,17 @@ from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
 
-# Route from a node down to a parameter: (input of the node, output of that input's node, further
-# route); None at the parameter. Numbers only, since what hooks hold must not hold nodes.
-Route = tuple[tuple[int, int, "Route | None"], ...]
+# The operations from a cut down to the parameter, the cut first, each after all that read it. Of each
+# operation, what it passes on: (its input, output of that input's operation, place of that operation
+# in the route); None for the parameter. Numbers only, since what hooks hold must not hold nodes.
+Route = tuple[tuple[tuple[int, int, int | None], ...], ...]
+
+
+def below(route: Route) -> Route:
+    """Return the route of the operation after the first, which passes on to it alone."""
+    return tuple(
+        tuple((i, k, None if place is None else place - 1) for i, k, place in step) for step in route[1:]
+    )
 
 
 class _Factors(NamedTuple):
@@ -138,9 +146,10 @@ def find_product(
         known: Selections that were worked out before; grows.
     """
     factors = PRODUCTS.get(node.name())
-    if factors is None or len(route) != 1 or index:
+    if factors is None or len(route[0]) != 1 or index:
         return None
-    entry, output, rest = route[0]
+    entry, output, _ = route[0][0]
+    rest = below(route)
     if entry not in (factors.left, factors.right):
         return None
     left, dims = entry == factors.left, len(node._input_metadata[0].shape)
@@ -160,27 +169,29 @@ def find_product(
     return Product(node, left, reading, known[key], route)
 
 
-def _signature(node: Node, index: int, route: Route | None) -> list:
+def _signature(node: Node, index: int, route: Route) -> list:
     """Return what tells routes of selections apart; with a None if there is another operation."""
     found: list = []
-    while route is not None:
+    for step in route:
         name = node.name()
         if name == "ExpandBackward0":
             names: tuple[str, ...] = ()
-        elif name in SELECTIONS and len(route) == 1:
+        elif name in SELECTIONS:
             names = SELECTIONS[name]
         else:
+            return [None]
+        if len(step) != 1:
             return [None]
         values = [getattr(node, n) for n in names]
         found += [name, index, tuple(node._input_metadata[index].shape)]
         found += [tuple(v) if isinstance(v, (list, tuple)) else v for v in values]
-        entry, index, route = route[0]
+        entry, index, _ = step[0]
         node = node.next_functions[entry][0]
     return found
 
 
 def _selection(
-    node: Node, index: int, route: Route | None, shape: torch.Size, left: bool, p: nn.Parameter
+    node: Node, index: int, route: Route, shape: torch.Size, left: bool, p: nn.Parameter
 ) -> Selection | None:
     """Return which rows of the parameter's matrix arrive in the factor; None if it is not rows.
 
@@ -213,20 +224,19 @@ def _selection(
     return None
 
 
-def _copied(node: Node, route: Route | None) -> bool:
+def _copied(node: Node, route: Route) -> bool:
     """Whether a route contains an expansion."""
-    while route is not None:
+    for step in route:
         if node.name() == "ExpandBackward0":
             return True
-        node = node.next_functions[route[0][0]][0]
-        route = route[0][2]
+        node = node.next_functions[step[0][0]][0]
     return False
 
 
-def _back(node: Node, index: int, g: Tensor, route: Route | None) -> Tensor:
+def _back(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     """Send numbers from a factor back to the parameter."""
-    while route is not None:
-        entry, k, rest = route[0]
+    for step in route:
+        entry, k, _ = step[0]
         child = node.next_functions[entry][0]
         if node.name() not in _IDENTITIES:
             arguments: list[Tensor | None] = [None] * len(node._input_metadata)
@@ -234,7 +244,7 @@ def _back(node: Node, index: int, g: Tensor, route: Route | None) -> Tensor:
             found = node(*arguments)
             g = (found if isinstance(found, tuple) else (found,))[entry]
         g = g.reshape(child._input_metadata[k].shape)
-        node, index, route = child, k, rest
+        node, index = child, k
     return g
 
 
@@ -329,9 +339,10 @@ def find_bias(
     known: dict,
 ) -> BiasOf | None:
     """Return the product to which a cut adds a vector, if it does."""
-    if len(route) != 1:
+    if len(route[0]) != 1:
         return None
-    entry, output, rest = route[0]
+    entry, output, _ = route[0][0]
+    rest = below(route)
     name, child = node.name(), node.next_functions[entry][0]
     if name == "AddmmBackward0" and entry == 0 and node._saved_beta == 1:
         product = node
@@ -371,30 +382,3 @@ def _below(node: Node, entry: int, readers: Mapping[tuple[Node, int], Sequence[N
             return None
         child, index = child.next_functions[0]
     return None
-
-
-# --------------------------------------------------------------------------- reading saved tensors
-
-
-def in_own_pass(read: Callable[[], None], device: torch.device) -> None:
-    """Call a function that reads saved tensors inside a backward pass of its own.
-
-    Under activation checkpointing each saved tensor may be unpacked once per pass: read here and
-    now, it would be missing when the running pass comes to its node.
-    """
-    one = torch.ones((), device=device, requires_grad=True)
-    with torch.enable_grad():
-        two = one.clone()
-    error: list[BaseException] = []
-
-    def hook(grads: tuple[Tensor, ...]) -> None:
-        try:
-            with torch.no_grad():
-                read()
-        except BaseException as e:
-            error.append(e)
-
-    two.grad_fn.register_prehook(hook)
-    torch.autograd.grad(two, one)
-    if error:
-        raise error[0]

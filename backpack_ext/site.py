@@ -45,7 +45,8 @@ class Site:
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
-        checks: How many checks each reading of this layer's rows still needs, see `reading`.
+        checks: How many checks each reading of this layer's rows still needs, see `reading`; and
+            what was found wrong, as ``"error"``.
         parts: By role, which part of a parameter this call uses, as ``(k, G)``: rows k of G equal
             groups of rows (attention's ``in_proj_weight`` is three layers). Empty: the whole.
     """
@@ -81,7 +82,7 @@ class Site:
         batch: int,
         batch_axis: int,
         output: Tensor,
-        checks: dict[tuple, int],
+        checks: dict,
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
@@ -110,6 +111,11 @@ class Site:
     def reading(self) -> tuple[int, bool]:
         """How the rows are read: the output's dimensions, and whether it leads with the data."""
         return len(self.out_shape), self.out_shape[:1] == (self.batch,)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the input consists of indices."""
+        return self.x is not None and not self.x.is_floating_point()
 
     @property
     def shared(self) -> bool:
@@ -194,9 +200,10 @@ class Site:
             return t.reshape(v, -1, N, *feature_shape).transpose(1, 2)
         raise UnsupportedError(
             f"{self.label}: cannot find the {N} data of the batch in a tensor of shape "
-            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the outermost "
-            "extended module's input. If this layer counts its data elsewhere, say so: "
-            f"extend(model, batch_axis={{{self.name!r}: AXIS}})."
+            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the first tensor that "
+            "the outermost extended module is called with. If that is not the number of data, give "
+            "the model a tensor that leads with it as first argument. If this layer counts its data "
+            f"elsewhere, say so: extend(model, batch_axis={{{self.name!r}: AXIS}})."
         )
 
     def release(self) -> None:

@@ -46,6 +46,14 @@ class Rule(ABC):
         """Return what else the forward pass depends on and may change until the backward."""
         return None
 
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
+        """Return why a call cannot be that of the layer, if its first argument's shape says so.
+
+        A subclass may have a forward of its own. Where it shows, the call's parameters are treated
+        as those of a module without a rule.
+        """
+        return None
+
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the module's trainable parameters by role, ``"weight"`` and ``"bias"``.
 
