@@ -231,7 +231,8 @@ class BackwardPass(Receiver):
             raise RecordingError(
                 f"The layers behind {start} disagree about the batch size ({found}). It is the "
                 "leading size of the outermost extended module's input: extend the whole model, not "
-                "its parts, and call the whole model."
+                "its parts, and call the whole model. If another argument counts the data, name it: "
+                "extend(model, batch_argument=NAME)."
             )
         batch = next(iter(batches), 1)
         if batch == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Site:
         output_nr: Which output of the tagged node is the layer's (that of its base, if a view).
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
-        depends_on_parameters: Whether the input requires a gradient.
+        depends_on_parameters: Whether an input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
         checks: How many checks each reading of this layer's rows still needs, see `reading`.
     """
@@ -47,6 +48,7 @@ class Site:
     __slots__ = (
         "__weakref__",
         "_live",
+        "_others",
         "_version",
         "batch",
         "batch_axis",
@@ -75,10 +77,15 @@ class Site:
         batch_axis: int,
         output: Tensor,
         checks: dict[tuple, int],
+        others: Sequence[Tensor | None] = (),
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version
         self.depends_on_parameters = x.requires_grad
+        self._others: tuple[tuple[Tensor, int] | None, ...] = ()
+        if others:
+            self._others = tuple(None if t is None else (t.detach(), t._version) for t in others)
+            self.depends_on_parameters |= any(t is not None and t.requires_grad for t in others)
         self.batch, self.batch_axis = batch, batch_axis
         self.out_shape, self.output_nr = output.shape, 0
         self.error: str | None = None
@@ -116,8 +123,11 @@ class Site:
         """Return how many live calls use a parameter."""
         return _calls.get(id(parameter), 0)
 
-    def input(self) -> Tensor:
-        """Return the recorded input.
+    def input(self, k: int = 0) -> Tensor | None:
+        """Return the recorded input, or the k-th of those that the rule names in ``arguments``.
+
+        Returns:
+            The detached input; None if the layer was called without it.
 
         Raises:
             RecordingError: If it was released, or overwritten after the layer had read it.
@@ -127,12 +137,13 @@ class Site:
                 f"{self.label}: the layer's input is gone. It is kept until the first backward "
                 "pass without retain_graph=True."
             )
-        if self.x._version != self._version:
+        x, version = (self.x, self._version) if k == 0 else self._others[k - 1] or (None, 0)
+        if x is not None and x._version != version:
             raise RecordingError(
                 f"{self.label}: the layer's input was modified in place after the layer had read "
                 "it. Use an out-of-place operation there."
             )
-        return self.x
+        return x
 
     def rows(self, t: Tensor, features: int) -> Tensor:
         """Bring an input to ``[N, S, *features]``: data first, all shared positions second.
@@ -179,13 +190,14 @@ class Site:
         raise UnsupportedError(
             f"{self.label}: cannot find the {N} data of the batch in a tensor of shape "
             f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the outermost "
-            "extended module's input. If this layer counts its data elsewhere, say so: "
+            "extended module's input; extend(model, batch_argument=NAME) takes that of another "
+            "argument. If this layer counts its data elsewhere, say so: "
             f"extend(model, batch_axis={{{self.name!r}: AXIS}})."
         )
 
     def release(self) -> None:
         """Let go of the input; the Site no longer counts as a use of its parameters."""
-        self.x = None
+        self.x, self._others = None, ()
         if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
             for p in self.parameters.values():
