@@ -2,7 +2,8 @@
 
 The time of a step with all of them relative to a plain forward and backward, beside the counted
 floor, and how the time beyond the plain step grows with depth: the exponent of a power law, 1 where
-each block costs the same.
+each block costs the same. Depths are measured one after the other; what other processes take in the
+meantime shows in the plain step's exponent too, and hardly in that of the ratio to it.
 
 The floor counts linear layers, convolutions and attention. Norms and embeddings are left out: the
 products of a norm's block have one row per datum where those of a linear layer have one per token,
@@ -75,7 +76,10 @@ def exponent(depths: Sequence[int], values: Sequence[float]) -> float | None:
 
 
 def growth(problems: Sequence[dict], depths: Sequence[int]) -> list[dict]:
-    """Return, per row, the median milliseconds beyond the plain step at each depth, and exponents."""
+    """Return, per row, the median milliseconds beyond the plain step at each depth, and exponents.
+
+    ``relative`` is the exponent of their ratio to the plain step, 0 where both grow alike.
+    """
     plain = [problem["plain_ms"][1] for problem in problems]
     found = [{"name": "plain step", "ms": plain, "exponent": exponent(depths, plain)}]
     for k, row in enumerate(problems[0]["rows"]):
@@ -86,9 +90,12 @@ def growth(problems: Sequence[dict], depths: Sequence[int]) -> list[dict]:
             extra = [(ratio - 1) * ms for ratio, ms in zip(ratios, plain, strict=True)]
             name = row["name"] if side == "ours" else f"{row['name']}: floor"
             found.append({"name": name, "ms": extra, "exponent": exponent(depths, extra)})
-    for entry in found:  # more digits would be noise
+    for entry in found:
+        ratios = [ms / one for ms, one in zip(entry["ms"], plain, strict=True)]
+        entry["relative"] = exponent(depths, ratios)
+        for key in ("exponent", "relative"):  # more digits would be noise
+            entry[key] = None if entry[key] is None else round(entry[key], 3)
         entry["ms"] = [float(f"{ms:.4g}") for ms in entry["ms"]]
-        entry["exponent"] = None if entry["exponent"] is None else round(entry["exponent"], 3)
     return found
 
 
@@ -114,11 +121,10 @@ def ratios_table(results: dict[str, dict]) -> str:
 
 def growth_table(title: str, depths: Sequence[int], rows: Sequence[dict]) -> str:
     """Return milliseconds beyond the plain step by depth, as a reStructuredText table."""
-    lines = [[f"{title}: extra ms at depth", *map(str, depths), "exponent"]]
+    lines = [[f"{title}: extra ms at depth", *map(str, depths), "exponent", "of ratio"]]
     for row in rows:
-        slope = row["exponent"]
-        cells = [f"{ms:.4g}" for ms in row["ms"]]
-        lines.append([row["name"], *cells, "-" if slope is None else f"{slope:.2f}"])
+        slopes = ["-" if row[k] is None else f"{row[k]:.2f}" for k in ("exponent", "relative")]
+        lines.append([row["name"], *(f"{ms:.4g}" for ms in row["ms"]), *slopes])
     return _table(lines)
 
 

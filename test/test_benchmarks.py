@@ -148,6 +148,9 @@ def test_deep(tmp_path, capsys):
     ratios = [p["rows"][0]["ours"]["time"][1] for p in stored["problems"]]
     expected = [(r - 1) * ms for r, ms in zip(ratios, plain, strict=True)]
     assert all_of_it["ms"] == pytest.approx(expected, rel=1e-3)
+    assert rows["plain step"]["relative"] == 0
+    both = rows["plain step"]["exponent"] + all_of_it["relative"]
+    assert all_of_it["exponent"] == pytest.approx(both, abs=0.01)
     printed = capsys.readouterr().out
     assert "GPT, 2 blocks: time" in printed and "gpt: extra ms at depth" in printed
 
