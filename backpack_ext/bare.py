@@ -454,7 +454,8 @@ def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
             child = node.next_functions[i][0]
             like = child._input_metadata[k]
             # what the engine does between nodes: undo broadcasting and casts
-            cotangent = found[i].sum_to_size(like.shape).to(like.dtype)
+            cotangent = found[i].to_dense() if found[i].is_sparse else found[i]
+            cotangent = cotangent.sum_to_size(like.shape).to(like.dtype)
             if target is None:
                 total = cotangent if total is None else total + cotangent
             else:

@@ -153,8 +153,7 @@ def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:
         G, size = (normal.bias_per_sample(b).sum((0, 1)) for b in (unit.b, unit.b.abs()))
     else:
         G = normal.per_sample_sum(unit.a, unit.b)
-        a = unit.a if isinstance(unit.a, normal.OneHot) else unit.a.abs()
-        size = normal.per_sample_sum(a, unit.b.abs())
+        size = normal.per_sample_sum(unit.a.abs(), unit.b.abs())
     return unit.placed(role, G), size
 
 

@@ -35,7 +35,7 @@ from backpack_ext.context import (
 from backpack_ext.coverage import check_coverage
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
-from backpack_ext.graph import Reach, walk
+from backpack_ext.graph import Reach, new_sites, walk
 from backpack_ext.losses import Layout, LossCall
 from backpack_ext.pending import Pending
 from backpack_ext.rules.base import Rule
@@ -46,6 +46,9 @@ from backpack_ext.unit import Unit
 # The running backward passes by graph task. Each is held by its own final callback, so that one
 # that raises is forgotten together with its task.
 _passes: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDictionary()
+
+# The same without extensions, where several outputs (of parts called on their own, say) have been met.
+_plain_passes: weakref.WeakValueDictionary[int, _PlainPass] = weakref.WeakValueDictionary()
 
 # Where stores go instead of the parameters, while a quantity is collected over a data set.
 _sink: Callable[[Extension, dict, float], None] | None = None
@@ -82,10 +85,29 @@ def on_model_output(grad: Tensor) -> None:
     if extensions:
         current_pass(extensions).output(node, grad)
     elif not keeps_graph():
-        # a plain backward pass frees what autograd saved; so do we
-        for site, captures in walk(node).sites.items():
-            if torch._C._will_engine_execute_node(captures[0].edge.node):
+        task = torch._C._current_graph_task_id()
+        plain = _plain_passes.get(task)
+        if plain is None:
+            plain = _plain_passes[task] = _PlainPass()
+            Variable._execution_engine.queue_callback(plain.end)
+        plain.release(node)
+
+
+class _PlainPass:
+    """A backward pass without extensions: we free what autograd frees, and visit each node once."""
+
+    def __init__(self):
+        self.seen: set[Node] = set()
+
+    def release(self, start: Node) -> None:
+        """Let go of the inputs of the calls that this pass differentiates behind a node."""
+        for node, site in new_sites(start, self.seen):
+            if torch._C._will_engine_execute_node(node):
                 site.release()
+
+    def end(self) -> None:
+        """Let go of the nodes."""
+        self.seen.clear()
 
 
 def keeps_graph() -> bool:
@@ -243,7 +265,8 @@ class BackwardPass(Receiver):
             raise RecordingError(
                 f"The layers behind {start} disagree about the batch size ({found}). It is the "
                 "leading size of the first tensor that the outermost extended module is called with: "
-                "extend the whole model, not its parts, and call the whole model, with a tensor."
+                "extend the whole model, not its parts, and call the whole model, with a tensor. If "
+                "another argument counts the data, name it: extend(model, batch_argument=NAME)."
             )
         batch = next(iter(batches), 1)
         if batch == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
@@ -21,11 +22,15 @@ from backpack_ext.site import Site, roots
 
 
 class _Running(NamedTuple):
-    """A forward pass of an outermost extended module: its batch size, and whether it is recorded."""
+    """A forward pass of an outermost extended module: its batch size, and whether it is recorded.
+
+    ``listed`` says that the batch size is that of a list of integers: maybe the tokens of all data.
+    """
 
     module: nn.Module
     batch: int | None
     recording: bool
+    listed: bool
 
 
 class _Forward(threading.local):
@@ -39,7 +44,10 @@ _forward = _Forward()
 
 
 def extend(
-    module: nn.Module, batch_axis: int | Mapping[str, int] = 0, check_layers: bool = True
+    module: nn.Module,
+    batch_axis: int | Mapping[str, int] = 0,
+    check_layers: bool = True,
+    batch_argument: str | None = None,
 ) -> nn.Module:
     """Have a model or loss record what our extensions need, recursively.
 
@@ -47,6 +55,8 @@ def extend(
     again changes nothing but these options. Models that BackPACK has extended can be extended, and
     the other way round. The number of data N of a batch is the size of the first tensor that the
     outermost extended module is called with, so extend the whole model and call the whole model.
+    Where that tensor lists the tokens of an ``nn.EmbeddingBag`` (or its offsets), N is the number of
+    bags.
 
     Args:
         module: A model, a layer, or a loss module.
@@ -56,13 +66,16 @@ def extend(
         check_layers: Whether to check, the first time that a layer's rows are read in a certain
             way, that vectors of a datum arrive only at its rows, and that the layer's gradient is
             what its rule says. It costs some more passes then, ``2 log2 N + 1``.
+        batch_argument: Name of the argument of the module's forward whose (first) tensor is of size
+            N, where that is not the first argument.
 
     Returns:
         The module itself.
 
     Raises:
         TypeError: If ``module`` is no module instance.
-        ValueError: If ``batch_axis`` is no axis, or names a path that does not exist.
+        ValueError: If ``batch_axis`` is no axis, or names a path that does not exist, or
+            ``batch_argument`` is no argument.
 
     Example:
         >>> model = extend(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
@@ -80,6 +93,8 @@ def extend(
     unknown = sorted(set(axes) - paths)
     if unknown:
         raise ValueError(f"batch_axis names {unknown}, but the model has no such modules.")
+    if batch_argument is not None:
+        _check_argument(module, batch_argument)
     for path, sub in module.named_modules():
         axis = _axis_of(path, axes)
         _remove(sub)
@@ -87,7 +102,7 @@ def extend(
             LossHook(axis).attach(sub)
             continue
         if sub is module or any(True for _ in sub.children()):
-            RootHook(axis, sub is module).attach(sub)
+            RootHook(axis, sub is module, batch_argument if sub is module else None).attach(sub)
         if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
             SiteHook(path, axis, check_layers).attach(sub)
         if isinstance(sub, nn.RNNBase):
@@ -107,6 +122,15 @@ def unextend(module: nn.Module) -> nn.Module:
     for sub in module.modules():
         _remove(sub)
     return module
+
+
+def _check_argument(module: nn.Module, name: str) -> None:
+    found = inspect.signature(module.forward).parameters
+    if name not in found and all(p.kind is not p.VAR_KEYWORD for p in found.values()):
+        raise ValueError(
+            f"batch_argument={name!r}, but the forward of {type(module).__name__} has the arguments "
+            f"{list(found)}."
+        )
 
 
 def _axis_of(path: str, axes: Mapping[str, int]) -> int:
@@ -145,10 +169,11 @@ class RootHook(Hook):
         batch_axis: Axis that counts the data in the module's input.
         top: Whether `extend` was called on this module itself; it begins a pass of its own wherever
             it is called. Other containers do so only when they are called on their own.
+        argument: Name of the argument that counts the data; the first that has a tensor by default.
     """
 
-    def __init__(self, batch_axis: int, top: bool):
-        self.batch_axis, self.top = batch_axis, top
+    def __init__(self, batch_axis: int, top: bool, argument: str | None):
+        self.batch_axis, self.top, self.argument = batch_axis, top, argument
 
     def attach(self, module: nn.Module) -> None:
         """Register before and after the module's forward; after also when it raises."""
@@ -165,8 +190,15 @@ class RootHook(Hook):
                 del stack[k:]
                 break
         if self.top or not stack:
-            batch = _batch_size((args, kwargs), self.batch_axis)
-            stack.append(_Running(module, batch, recording()))
+            given = (args, kwargs)
+            if self.argument is not None:
+                given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+                given = given[self.argument] if self.argument in given else kwargs[self.argument]
+            first = next((t for t in _tensors(given) if t.dim() > self.batch_axis), None)
+            batch = None if first is None else first.shape[self.batch_axis]
+            listed = first is not None and first.dim() == 1 and not first.is_floating_point()
+            listed = listed and self.argument is None
+            stack.append(_Running(module, batch, recording(), listed))
             roots.add(module)
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:
@@ -194,6 +226,12 @@ class SiteHook(Hook):
         rule, recorded = look_up(type(module))
         running = _forward.stack[-1] if _forward.stack else None
         wanted = recording() if running is None else running.recording
+        inputs = lists = ()
+        if rule is not None and rule.arguments:
+            inputs = _named(rule.arguments, args, kwargs)
+            lists = rule.lists(module, inputs)
+            if lists and running is not None and running.listed and wanted:
+                running = self._count(module, lists, output, running)
         if not (recorded and wanted and isinstance(output, Tensor)) or output.grad_fn is None:
             return
         parameters = (
@@ -203,12 +241,13 @@ class SiteHook(Hook):
         )
         if not parameters or not torch.is_grad_enabled():
             return
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = inputs[0] if inputs else args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor):
             return  # a subclass with a forward of its own: its parameters are left to autograd
         batch = None if running is None else running.batch
         if batch is None:
-            batch = x.shape[self.batch_axis] if x.dim() > self.batch_axis else 0
+            rows = output if lists else x
+            batch = rows.shape[self.batch_axis] if rows.dim() > self.batch_axis else 0
         anchor, error = anchor_of(output) if output._is_view() else (output, None)
         site = Site(
             module,
@@ -220,6 +259,7 @@ class SiteHook(Hook):
             self.batch_axis,
             output,
             self.checks,
+            inputs[1:],
         )
         error = error or self.checks.get("error")
         site.error = error or (None if rule is None else rule.misfit(module, x, output))
@@ -227,6 +267,21 @@ class SiteHook(Hook):
         tag(anchor.grad_fn, site)
         if running is None:  # a layer that was called on its own is a model
             anchor.register_hook(on_model_output)
+
+    def _count(self, module: nn.Module, lists: tuple, output: Tensor, running: _Running) -> _Running:
+        """Correct the number of data if it was taken from a list of the entries of all data."""
+        N, bags = running.batch, len(output)
+        if any(t.shape == (N,) for t in lists):
+            running = running._replace(batch=bags, listed=False)
+            _forward.stack[-1] = running
+        elif bags != N and bags % N == 0 and torch.is_grad_enabled():
+            raise RecordingError(
+                f"{self.name or '(root)'} ({type(module).__name__}) returns {bags} bags, while the "
+                f"first tensor that the model was called with lists {N} integers. Are these {N} data "
+                f"of {bags // N} bags each? Say which argument of the model counts the data: "
+                "extend(model, batch_argument=NAME)."
+            )
+        return running
 
 
 class _NoChecks(dict):
@@ -350,9 +405,10 @@ def _tie(value: Tensor, call: LossCall) -> None:
     value.register_hook(partial(on_loss, call))
 
 
-def _batch_size(tree, axis: int) -> int | None:
-    """Return the size along ``axis`` of the first tensor in nested arguments."""
-    return next((t.shape[axis] for t in _tensors(tree) if t.dim() > axis), None)
+def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:
+    """Return a call's tensors by the names of its arguments; None where there is none."""
+    found = (args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names))
+    return tuple(t if isinstance(t, Tensor) else None for t in found)
 
 
 def _tensors(tree) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -156,6 +156,25 @@ def without_upstream(start: Node, marked: Collection[Node]) -> set[Node]:
 def sites_at(node: Node) -> Sequence[Site]:
     """Return the Sites whose output a node produced."""
     return (node.metadata.get(TAG) if type(node) in _tagged else None) or ()
+
+
+def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:
+    """Yield the Sites at and upstream of a node, with their nodes.
+
+    Args:
+        start: The node.
+        seen: Nodes that are passed over, with what lies upstream of them; it grows.
+    """
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if type(node) in _tagged:
+            for site in node.metadata.get(TAG, ()):
+                yield node, site
+        stack.extend(child for child, _ in node.next_functions if child is not None)
 
 
 def _couples(node: Node) -> bool:

@@ -40,7 +40,7 @@ class KFAC(Extension):
     is 1 for plain layers, where the two agree. Each result is a `curvature.Kronecker`, which
     unpacks as ``B, A``; a parameter used in two roles (an embedding tied to an output head), or with
     two biases, gets a `curvature.KroneckerSum`, without cross terms. An embedding's A is diagonal,
-    also in reduce, where that drops the off-diagonal entries of ``abar abar^T``.
+    also in reduce and for bags of tokens, where that drops the off-diagonal entries of ``a a^T``.
 
     Objects share memory: a bias's B is its weight's, and factors of small layers are parts of one
     tensor. Change them out of place, or `clone` them.
@@ -234,19 +234,17 @@ class KFAC(Extension):
 
     def _one_hot_moment(self, a: OneHot, dtype: torch.dtype) -> tuple[Tensor, int]:
         """Return the diagonal of A (in expand the tokens' frequencies) as ``[1,i]``, and rows."""
-        ones = torch.ones(a.index.shape, dtype=dtype, device=a.index.device)
-        if a.mask is not None:
-            ones = ones * a.mask
-        if self.approx == "expand":
-            counts = ones.new_zeros(a.size).index_add_(0, a.index.flatten(), ones.flatten())
-            return counts[None] / a.index.numel(), a.index.numel()
-        n, s = a.index.shape
-        keys, inverse = torch.unique(
-            torch.arange(n, device=a.index.device)[:, None] * a.size + a.index, return_inverse=True
-        )
-        means = ones.new_zeros(len(keys)).index_add_(0, inverse.flatten(), ones.flatten() / s)
-        squares = ones.new_zeros(a.size).index_add_(0, keys % a.size, means.square())
-        return squares[None] / n, n
+        n, s = a.shape
+        expand = self.approx == "expand"
+        values, tokens = a.weights(dtype), a.index.flatten()
+        if a.bags is not None or not expand:  # entries of a row may meet in one feature: they add up
+            owner = a.rows if expand else a.data
+            keys, inverse = torch.unique(owner * a.size + tokens, return_inverse=True)
+            values = values.new_zeros(len(keys)).index_add_(0, inverse, values)
+            values, tokens = values if expand else values / s, keys % a.size
+        squares = values.new_zeros(a.size).index_add_(0, tokens, values.square())
+        count = n * s if expand else n
+        return squares[None] / count, count
 
     def _second_moment(self, x: Tensor, unit: Unit, factor: str, scale: float) -> Tensor:
         """Return ``scale sum_r x x^T`` of ``x[g,r,d]``, ``[g,d,d]``; its diagonal if too large."""

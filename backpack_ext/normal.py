@@ -21,26 +21,100 @@ PANEL = 192
 
 
 @dataclass(eq=False)
+class Bags:
+    """Which positions the entries of bags belong to, and with which weights.
+
+    Args:
+        row: ``[e]``, the position (n, s) of each entry, counted with s fastest.
+        shape: Number of data and of positions, (n, s).
+        weight: ``[e]``; None if all are 1.
+    """
+
+    row: Tensor
+    shape: tuple[int, int]
+    weight: Tensor | None = None
+
+
+@dataclass(eq=False)
 class OneHot:
     """Inputs that select one of ``size`` features: ``a[n,s,i] = mask[n,s] (index[n,s] == i)``.
 
+    With ``bags`` a position selects any number of features, with weights:
+    ``a[n,s,i] = mask[n,s] sum_e weight[e] (row[e] == (n,s)) (index[e] == i)``.
+
     Args:
-        index: ``[n, s]``, integers.
+        index: ``[n, s]``, integers; ``[e]``, one per entry, with ``bags``.
         size: Number of input features i.
         mask: ``[n, s]``, False where the input is zero (padding); None if nowhere.
+        bags: Where the entries belong; None if each position has one.
     """
 
     index: Tensor
     size: int
     mask: Tensor | None = None
+    bags: Bags | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of data and of positions, (n, s)."""
+        return tuple(self.index.shape) if self.bags is None else self.bags.shape
+
+    @property
+    def rows(self) -> Tensor:
+        """The position (n, s) of each entry, counted with s fastest, ``[e]``."""
+        if self.bags is not None:
+            return self.bags.row
+        return torch.arange(self.index.numel(), device=self.index.device)
+
+    @property
+    def data(self) -> Tensor:
+        """The datum of each entry, ``[e]``."""
+        return self.rows // self.shape[1]
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight of each entry, 0 at masked positions, ``[e]``."""
+        given = None if self.bags is None else self.bags.weight
+        w = self.index.new_ones(self.index.numel(), dtype=dtype) if given is None else given.to(dtype)
+        return w if self.mask is None else w * self.mask.flatten()[self.rows]
 
     def masked(self, b: Tensor) -> Tensor:
         """Zero the vectors ``b[g,v,n,s,o]`` at masked positions."""
         return b if self.mask is None else b * self.mask[:, :, None]
 
+    def spread(self, b: Tensor) -> Tensor:
+        """Return what the vectors ``b[g,v,n,s,o]`` add to the feature of each entry, ``[v,e,o]``."""
+        b = self.masked(b)[0].flatten(1, 2)
+        if self.bags is None:
+            return b
+        b, weight = b[:, self.bags.row], self.bags.weight
+        return b if weight is None else b * weight.to(b.dtype)[:, None]
+
     def select(self, index: Tensor) -> OneHot:
         """Return the inputs of some of the data."""
-        return OneHot(self.index[index], self.size, None if self.mask is None else self.mask[index])
+        if self.bags is None:
+            mask = None if self.mask is None else self.mask[index]
+            return OneHot(self.index[index], self.size, mask)
+        n, s = self.shape
+        return self.at(torch.arange(n * s, device=self.index.device).reshape(n, s)[index])
+
+    def at(self, rows: Tensor) -> OneHot:
+        """Return the bags with those numbers (as in `rows`), laid out like ``rows[n,s]``."""
+        chosen, row, weight = rows.flatten(), self.bags.row, self.bags.weight
+        counts = row.bincount(minlength=self.shape[0] * self.shape[1])
+        starts, lengths = counts.cumsum(0) - counts, counts[chosen]
+        new = torch.arange(len(chosen), device=row.device).repeat_interleave(lengths)
+        within = torch.arange(len(new), device=row.device) - (lengths.cumsum(0) - lengths)[new]
+        entries = row.argsort(stable=True)[starts[chosen][new] + within]
+        bags = Bags(new, tuple(rows.shape), None if weight is None else weight[entries])
+        mask = None if self.mask is None else self.mask.flatten()[rows]
+        return OneHot(self.index[entries], self.size, mask, bags)
+
+    def abs(self) -> OneHot:
+        """Return the inputs with absolute weights."""
+        if self.bags is None or self.bags.weight is None:
+            return self
+        bags = Bags(self.bags.row, self.bags.shape, self.bags.weight.abs())
+        return OneHot(self.index, self.size, self.mask, bags)
 
 
 def cat_inputs(parts: Sequence[Tensor | OneHot]) -> Tensor | OneHot:
@@ -50,10 +124,23 @@ def cat_inputs(parts: Sequence[Tensor | OneHot]) -> Tensor | OneHot:
     mask = None
     if any(p.mask is not None for p in parts):
         mask = torch.cat(
-            [torch.ones_like(p.index, dtype=torch.bool) if p.mask is None else p.mask for p in parts],
+            [p.index.new_ones(p.shape, dtype=torch.bool) if p.mask is None else p.mask for p in parts],
             dim=1,
         )
-    return OneHot(torch.cat([p.index for p in parts], dim=1), parts[0].size, mask)
+    size = parts[0].size
+    if all(p.bags is None for p in parts):
+        return OneHot(torch.cat([p.index for p in parts], dim=1), size, mask)
+    rows, before, positions = [], 0, sum(p.shape[1] for p in parts)
+    for p in parts:
+        s = p.shape[1]
+        rows.append(p.data * positions + before + p.rows % s)
+        before += s
+    weight, given = None, [p.bags.weight for p in parts if p.bags is not None]
+    if any(w is not None for w in given):
+        dtype = next(w.dtype for w in given if w is not None)
+        weight = torch.cat([p.weights(dtype) for p in parts])
+    bags = Bags(torch.cat(rows), (parts[0].shape[0], positions), weight)
+    return OneHot(torch.cat([p.index.flatten() for p in parts]), size, mask, bags)
 
 
 def gram(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -81,8 +168,12 @@ def gram(x: Tensor, scale: float = 1.0) -> Tensor:
 def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:
     """Return ``G[v,n,g,o,i]``."""
     if isinstance(a, OneHot):
+        _, v, n, s, o = b.shape
+        if a.bags is not None:
+            G = b.new_zeros(v, n * a.size, o)
+            G.index_add_(1, a.data * a.size + a.index, a.spread(b))
+            return G.unflatten(1, (n, a.size)).transpose(2, 3).unsqueeze(2)
         b = a.masked(b)[0]
-        v, n, s, o = b.shape
         G = b.new_zeros(v, n, a.size, o)
         index = a.index[None, :, :, None].expand(v, n, s, o)
         return G.scatter_add_(2, index, b).transpose(2, 3).unsqueeze(2)
@@ -108,9 +199,9 @@ def square_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
     Without a shared axis this is one product of squares; otherwise G is formed chunk by chunk.
     """
     if isinstance(a, OneHot):
-        rows, tokens = _token_rows(a, b)
+        rows, keys = _token_rows(a, b)
         out = rows.new_zeros(a.size, rows.shape[-1])
-        return out.index_add_(0, tokens, rows.square().sum(0)).T.unsqueeze(0)
+        return out.index_add_(0, keys % a.size, rows.square().sum(0)).T.unsqueeze(0)
     if a.shape[2] == 1:
         b2, a2 = b.squeeze(3).square().sum(1), a.squeeze(2).square()
         return (b2[0].mT @ a2[0])[None] if a.shape[0] == 1 else b2.mT @ a2
@@ -131,6 +222,10 @@ def square_norms(a: Tensor | OneHot, b: Tensor) -> Tensor:
     forming G, that is for ``s (i + o) < i o``.
     """
     if isinstance(a, OneHot):
+        if a.bags is not None:
+            rows, keys = _token_rows(a, b)
+            out = rows.new_zeros(len(rows), a.shape[0])
+            return out.index_add_(1, keys // a.size, rows.square().sum(2)).unsqueeze(0)
         b = a.masked(b)
         same = (a.index[:, :, None] == a.index[:, None, :]).to(b.dtype)
         return ((b @ b.mT) * same).sum((-1, -2))
@@ -157,9 +252,8 @@ def dots(a: Tensor | OneHot, b: Tensor) -> Tensor:
     if isinstance(a, OneHot):
         b = a.masked(b)
         g, v, n, s, o = b.shape
-        index = a.index.flatten()
         flat = b.reshape(g, v, n * s, o)
-        out = (flat @ flat.mT) * (index[:, None] == index[None, :]).to(b.dtype)
+        out = (flat @ flat.mT) * _overlaps(a, b.dtype)
         return out.reshape(g, v, n, s, n, s).sum((3, 5))
     g, n, s, i = a.shape
     v, o = b.shape[1], b.shape[-1]
@@ -176,19 +270,34 @@ def dots_of(G: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
+def _overlaps(a: OneHot, dtype: torch.dtype) -> Tensor:
+    """Return ``sum_i a[n,s,i] a[m,t,i]`` as ``[(n s),(m t)]``."""
+    if a.bags is None:
+        index = a.index.flatten()
+        return (index[:, None] == index[None, :]).to(dtype)
+    tokens, column = a.index.unique(return_inverse=True)
+    row, weight, count = a.rows, a.weights(dtype), a.shape[0] * a.shape[1]
+    out = weight.new_zeros(count, count)
+    step = max(1, CHUNK // count)
+    for k in range(0, len(tokens), step):  # the tokens that occur, some at a time
+        here = (column >= k) & (column < k + step)
+        dense = weight.new_zeros(count, min(step, len(tokens) - k))
+        dense.index_put_((row[here], column[here] - k), weight[here], accumulate=True)
+        out.addmm_(dense, dense.mT)
+    return out
+
+
 def _token_rows(a: OneHot, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the non-zero rows of G per datum, ``[v, rows, o]``, and each row's token."""
-    b = a.masked(b)[0]
-    datum = torch.arange(len(a.index), device=b.device)[:, None] * a.size
-    keys, inverse = torch.unique(datum + a.index, return_inverse=True)
-    rows = b.new_zeros(b.shape[0], len(keys), b.shape[-1])
-    rows.index_add_(1, inverse.flatten(), b.flatten(1, 2))
-    return rows, keys % a.size
+    """Return the non-zero rows of G, ``[v, rows, o]``, and of each row ``datum * size + token``."""
+    entries = a.spread(b)
+    keys, inverse = torch.unique(a.data * a.size + a.index.flatten(), return_inverse=True)
+    rows = entries.new_zeros(len(entries), len(keys), entries.shape[-1])
+    return rows.index_add_(1, inverse, entries), keys
 
 
 def per_sample_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
     """Return ``sum_vn G[v,n,g,o,i]`` as ``[g,o,i]``: one product, G is not formed."""
     if isinstance(a, OneHot):
-        b = a.masked(b)[0].sum(0).flatten(0, 1)
+        b = a.spread(b.sum(1, keepdim=True))[0]
         return b.new_zeros(a.size, b.shape[-1]).index_add_(0, a.index.flatten(), b).T.unsqueeze(0)
     return b.sum(1).flatten(1, 2).mT @ a.flatten(1, 2)

@@ -132,7 +132,7 @@ def _site(layer: _Layer, a: Tensor, N: int, batch_axis: int) -> Site:
     output = torch.empty(product.node._input_metadata[0].shape, device="meta")
     owner = layer.owner
     arguments = (owner.module, owner.name, rule, parameters, a, N, batch_axis, output, owner.checks)
-    site = Site(*arguments, parts)
+    site = Site(*arguments, parts=parts)
     site.note = Note(product.left, product.reading, layer.start, layer.start + layer.size)
     return site
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ class Site:
         output_nr: Which output of the tagged node is the layer's (that of its base, if a view).
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
-        depends_on_parameters: Whether the input requires a gradient.
+        depends_on_parameters: Whether an input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
         checks: How many checks each reading of this layer's rows still needs, see `reading`; and
             what was found wrong, as ``"error"``.
@@ -54,6 +54,7 @@ class Site:
     __slots__ = (
         "__weakref__",
         "_live",
+        "_others",
         "_version",
         "batch",
         "batch_axis",
@@ -83,11 +84,16 @@ class Site:
         batch_axis: int,
         output: Tensor,
         checks: dict,
+        others: Sequence[Tensor | None] = (),
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version
         self.depends_on_parameters = x.requires_grad
+        self._others: tuple[tuple[Tensor, int] | None, ...] = ()
+        if others:
+            self._others = tuple(None if t is None else (t.detach(), t._version) for t in others)
+            self.depends_on_parameters |= any(t is not None and t.requires_grad for t in others)
         self.batch, self.batch_axis = batch, batch_axis
         self.out_shape, self.output_nr = output.shape, 0
         self.error: str | None = None
@@ -138,8 +144,11 @@ class Site:
             return [id(p) for p in self.parameters.values()]
         return [self._key(role, p) for role, p in self.parameters.items()]
 
-    def input(self) -> Tensor:
-        """Return the recorded input.
+    def input(self, k: int = 0) -> Tensor | None:
+        """Return the recorded input, or the k-th of those that the rule names in ``arguments``.
+
+        Returns:
+            The detached input; None if the layer was called without it.
 
         Raises:
             RecordingError: If it was released, or overwritten after the layer had read it.
@@ -149,12 +158,13 @@ class Site:
                 f"{self.label}: the layer's input is gone. It is kept until the first backward "
                 "pass without retain_graph=True."
             )
-        if self.x._version != self._version:
+        x, version = (self.x, self._version) if k == 0 else self._others[k - 1] or (None, 0)
+        if x is not None and x._version != version:
             raise RecordingError(
                 f"{self.label}: the layer's input was modified in place after the layer had read "
                 "it. Use an out-of-place operation there."
             )
-        return self.x
+        return x
 
     def rows(self, t: Tensor, features: int) -> Tensor:
         """Bring an input to ``[N, S, *features]``: data first, all shared positions second.
@@ -202,13 +212,14 @@ class Site:
             f"{self.label}: cannot find the {N} data of the batch in a tensor of shape "
             f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the first tensor that "
             "the outermost extended module is called with. If that is not the number of data, give "
-            "the model a tensor that leads with it as first argument. If this layer counts its data "
-            f"elsewhere, say so: extend(model, batch_axis={{{self.name!r}: AXIS}})."
+            "the model a tensor that leads with it as first argument, or name another argument: "
+            "extend(model, batch_argument=NAME). If this layer counts its data elsewhere, say so: "
+            f"extend(model, batch_axis={{{self.name!r}: AXIS}})."
         )
 
     def release(self) -> None:
         """Let go of the input; the Site no longer counts as a use of its parameters."""
-        self.x = None
+        self.x, self._others = None, ()
         if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
             for key in self._keys():

@@ -156,6 +156,15 @@ class Layer:
         explicit = [*self.per_sample(), MatMul(1, self.N, self.o * self.i, self.N, "nt")]
         return min(gram, explicit, key=total_flops)
 
+    def first_order(self) -> list[Product]:
+        """Norms, dots and second moments of the per-sample gradients, formed once for all of them."""
+        if self.S == 1:
+            return [*self.square_sum(), *self.dots()]
+        rows = self.N * self.S
+        gram = [MatMul(1, rows, d, rows, "nt") for d in (self.i, self.o)]
+        explicit = [MatMul(1, self.N, self.o * self.i, self.N, "nt")]
+        return [*self.per_sample(), *min(gram, explicit, key=total_flops)]
+
 
 @dataclass(frozen=True)
 class Attention:

@@ -42,35 +42,38 @@ class SelfAttention(nn.Module):
     Args:
         width: The feature dimension d.
         heads: Number of heads.
+        causal: Whether tokens see only those before them.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attended values of all heads, projected."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(heads.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; its norms have no parameters.
+    """Pre-norm transformer block.
 
     Args:
         width: The feature dimension.
         heads: Number of attention heads.
         hidden: Width of the MLP's hidden layer.
+        affine: Whether its norms have parameters.
+        causal: Whether tokens see only those before them.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int):
+    def __init__(self, width: int, heads: int, hidden: int, affine: bool = False, causal: bool = False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.attention = SelfAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=affine)
+        self.attention = SelfAttention(width, heads, causal)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=affine)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A small vision transformer with fixed position embeddings and mean pooling.
 
-    All trainable parameters belong to linear layers and a convolution, so that each extension
+    All trainable parameters belong to linear layers, a convolution and norms, so that each extension
     covers all of them.
 
     Args:
@@ -91,14 +94,15 @@ class ViT(nn.Module):
         width: The feature dimension.
         depth: Number of blocks.
         heads: Number of attention heads.
+        affine: Whether the norms have parameters.
     """
 
-    def __init__(self, size: int, patch: int, width: int, depth: int, heads: int):
+    def __init__(self, size: int, patch: int, width: int, depth: int, heads: int, affine: bool = False):
         super().__init__()
         self.embed = nn.Conv2d(3, width, patch, stride=patch)
         self.register_buffer("position", _sines((size // patch) ** 2, width))
-        self.blocks = nn.ModuleList([Block(width, heads, 4 * width) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.blocks = nn.ModuleList([Block(width, heads, 4 * width, affine) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, elementwise_affine=affine)
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,6 +111,33 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))
+
+
+class GPT(nn.Module):
+    """A small language model with learned position embeddings and a head of its own.
+
+    Args:
+        tokens: Number of different tokens.
+        length: Number of tokens of a text.
+        width: The feature dimension.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+    """
+
+    def __init__(self, tokens: int, length: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(
+            [Block(width, heads, 4 * width, affine=True, causal=True) for _ in range(depth)]
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``[N T, tokens]`` of texts ``[N, T]``."""
+        x = self.embed(x) + self.position(torch.arange(x.shape[1], device=x.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).flatten(0, 1)
 
 
 def _sines(tokens: int, width: int) -> Tensor:
@@ -168,3 +199,31 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
         *(_tiny, (8, 32)),
     ),
 }
+
+
+def deep_vit(depth: int, device: str = "cpu", quick: bool = False) -> Problem:
+    """Return a vision transformer with norms that have parameters, and a batch of images."""
+    size, width, heads, N = (8, 16, 2, 3) if quick else (32, 96, 4, 16)
+    about = (
+        f"ViT, {depth} blocks of width {width}, {(size // 4) ** 2} patches of 3x{size}x{size}, batch {N}"
+    )
+    make = _problem(
+        *(f"vit-{depth}", f"ViT, {depth} blocks", about),
+        *(lambda: ViT(size, 4, width, depth, heads, affine=True), (N, 3, size, size), False),
+    )
+    return make(device)
+
+
+def deep_gpt(depth: int, device: str = "cpu", quick: bool = False) -> Problem:
+    """Return a language model with a head of its own, and a batch of random texts."""
+    tokens, length, width, heads, N = (11, 5, 16, 2, 3) if quick else (256, 64, 96, 4, 16)
+    about = f"GPT, {depth} blocks of width {width}, {tokens} tokens, texts of {length}, batch {N}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT(tokens, length, width, depth, heads).to(device)
+        x, y = torch.randint(tokens, (2, N, length))
+    name, title = f"gpt-{depth}", f"GPT, {depth} blocks"
+    return Problem(name, title, about, model, x.to(device), y.flatten().to(device), False)
+
+
+DEEP: dict[str, Callable[..., Problem]] = {"vit": deep_vit, "gpt": deep_gpt}

@@ -116,10 +116,10 @@ class Tied(nn.Module):
 class Bilinear(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner = nn.Bilinear(8, 8, 4)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 8, 8)), nn.Parameter(torch.randn(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x.flip(1))
+        return F.bilinear(x, x.flip(1), self.weight, self.bias)
 
 
 class FromMask(nn.Embedding):

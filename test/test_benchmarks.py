@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import blocks
+from backpack_ext.rules import find_rule
+from benchmarks import blocks, deep
 from benchmarks.__main__ import main
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.memory import peak_memory
-from benchmarks.models import PROBLEMS
+from benchmarks.models import DEEP, PROBLEMS
 from benchmarks.rows import ROWS
 
 ROW = {row.name: row for row in ROWS}
@@ -130,3 +131,52 @@ def test_blocks(tmp_path, capsys):
     assert stored["training"].keys() == found["training"].keys()
     assert found["block"]["matvec"][6][1] == 1 and set(found["training"]) > {"KFAC", "EKFAC"}
     assert "EKFAC, given bases" in capsys.readouterr().out
+
+
+def test_deep(tmp_path, capsys):
+    found = deep.main(["--quick", "--models", "gpt", "--depths", "2", "1", "--out", str(tmp_path)])
+    stored = json.loads((tmp_path / "deep-cpu-quick.json").read_text())
+    assert stored == json.loads(json.dumps(found)) and stored["depths"] == [1, 2]
+    assert [p["name"] for p in stored["problems"]] == ["gpt-1", "gpt-2"]
+    rows = {row["name"]: row for row in stored["growth"]["gpt"]}
+    names = [row.name for row in deep.DEEP_ROWS]
+    assert {"plain step", *names, f"{deep.ALL}: floor"} <= set(rows)
+    for row in rows.values():
+        assert len(row["ms"]) == 2
+    all_of_it = rows[deep.ALL]
+    plain = [p["plain_ms"][1] for p in stored["problems"]]
+    ratios = [p["rows"][0]["ours"]["time"][1] for p in stored["problems"]]
+    expected = [(r - 1) * ms for r, ms in zip(ratios, plain, strict=True)]
+    assert all_of_it["ms"] == pytest.approx(expected, rel=1e-3)
+    assert rows["plain step"]["relative"] == 0
+    both = rows["plain step"]["exponent"] + all_of_it["relative"]
+    assert all_of_it["exponent"] == pytest.approx(both, abs=0.01)
+    printed = capsys.readouterr().out
+    assert "GPT, 2 blocks: time" in printed and "gpt: extra ms at depth" in printed
+
+
+def test_exponent_of_growth():
+    depths = [3, 6, 12, 24]
+    assert deep.exponent(depths, [0.5 * d**1.5 for d in depths]) == pytest.approx(1.5)
+    assert deep.exponent([3, 3], [1.0, 2.0]) is None and deep.exponent(depths, [1, 1, 0, 1]) is None
+
+
+def test_floor_of_all_quantities():
+    """Layers 5-3-2 on N = 7 data, by hand; then on S = 4 tokens each."""
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+    flops = total_flops(deep.everything_floor(shapes_of(model, torch.rand(7, 5))))
+    dots = 2 * 7 * 7 * (5 + 3 + 3 + 2)
+    assert flops == SWEEP + A + B + 2 * SQUARES + dots
+    flops = total_flops(deep.everything_floor(shapes_of(model, torch.rand(7, 4, 5))))
+    assert flops == 4 * (SWEEP + A + B + 2 * SQUARES) + 2 * 7 * 7 * (5 * 3 + 3 * 2)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_models_are_covered(name):
+    """All their parameters have a rule: two per norm and linear layer, but for GPT's head."""
+    problem = DEEP[name](2, quick=True)
+    layers = [m for m in problem.model.modules() if any(True for _ in m.parameters(recurse=False))]
+    assert all(find_rule(m) is not None for m in layers)
+    shapes = shapes_of(problem.model, problem.x)
+    assert len(shapes.attentions) == 2 and len(problem.model(problem.x)) == len(problem.y)
+    assert len(shapes.layers) == 2 * 4 + (2 if name == "vit" else 1)

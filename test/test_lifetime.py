@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from backpack_ext import KFAC, BatchGrad, BatchL2Grad, backpack, extend, unextend
+from backpack_ext import KFAC, BatchGrad, BatchL2Grad, backpack, engine, extend, unextend
 from backpack_ext import site as site_module
 
 
@@ -257,3 +257,41 @@ def test_old_results_make_room_for_new_ones():
         loss_fn(model(x), y).backward()
     assert held is not model[0].weight.grad_batch  # what a user holds stays
     assert held.shape == (6, 5, 4)
+
+
+@pytest.mark.parametrize("how", ["parts called on their own", "several outputs"])
+def test_a_plain_backward_visits_each_node_once(how: str, monkeypatch: pytest.MonkeyPatch):
+    """However many outputs it meets; it used to walk from each of them: quadratic in depth."""
+    visits, new_sites = [], engine.new_sites
+
+    def counted(start, seen):
+        before = len(seen)
+        yield from new_sites(start, seen)
+        visits.append(len(seen) - before)
+
+    monkeypatch.setattr(engine, "new_sites", counted)
+
+    def nodes(depth: int) -> int:
+        class Parts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.parts = nn.ModuleList(nn.Sequential(nn.Linear(3, 3)) for _ in range(depth))
+
+            def forward(self, x):
+                outputs = []
+                for part in self.parts:
+                    x = part(x)
+                    outputs.append(x.sin())
+                return outputs
+
+        model, x, visits[:] = extend(Parts()), torch.randn(4, 3), []
+        if how == "several outputs":
+            sum(z.sum() for z in model(x)).backward()
+        else:
+            for part in model.parts:
+                x = part(x)
+            x.sum().backward()
+        assert len(visits) == depth and not engine._plain_passes
+        return sum(visits)
+
+    assert nodes(20) - nodes(10) == nodes(30) - nodes(20)

@@ -2,7 +2,13 @@
 
 from torch import nn
 
-from backpack_ext.rules.affine import ConvRule, ConvTransposeRule, EmbeddingRule, LinearRule
+from backpack_ext.rules.affine import (
+    BilinearRule,
+    ConvRule,
+    ConvTransposeRule,
+    EmbeddingRule,
+    LinearRule,
+)
 from backpack_ext.rules.base import RULES, Rule, find_rule, register_rule
 from backpack_ext.rules.elementwise import (
     BatchNormRule,
@@ -16,6 +22,7 @@ from backpack_ext.rules.elementwise import (
 __all__ = [
     "RULES",
     "BatchNormRule",
+    "BilinearRule",
     "ConvRule",
     "ConvTransposeRule",
     "ElementwiseRule",
@@ -30,16 +37,19 @@ __all__ = [
     "register_rule",
 ]
 
+_embedding = EmbeddingRule()
 RULES.update(
     {
         nn.Linear: LinearRule(),
+        nn.Bilinear: BilinearRule(),
         nn.Conv1d: ConvRule(1),
         nn.Conv2d: ConvRule(2),
         nn.Conv3d: ConvRule(3),
         nn.ConvTranspose1d: ConvTransposeRule(1),
         nn.ConvTranspose2d: ConvTransposeRule(2),
         nn.ConvTranspose3d: ConvTransposeRule(3),
-        nn.Embedding: EmbeddingRule(),
+        nn.Embedding: _embedding,
+        nn.EmbeddingBag: _embedding,
         nn.LayerNorm: LayerNormRule(),
         nn.RMSNorm: RMSNormRule(),
         nn.GroupNorm: GroupNormRule(),

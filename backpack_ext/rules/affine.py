@@ -1,4 +1,4 @@
-"""Linear, convolution, transposed convolution and embedding in normal form."""
+"""Linear, bilinear, convolution, transposed convolution and embeddings in normal form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backpack_ext.errors import UnsupportedError
-from backpack_ext.normal import OneHot
+from backpack_ext.normal import Bags, OneHot
 from backpack_ext.rules.base import Rule, by_shape
 from backpack_ext.rules.patches import patches, transposed_patches
 from backpack_ext.site import Site
@@ -28,6 +28,31 @@ class LinearRule(Rule):
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Return ``b[v,n,s,o]``."""
         return site.vector_rows(g, 1)
+
+
+class BilinearRule(Rule):
+    """``nn.Bilinear``: its inputs are all products of a feature of the one and one of the other."""
+
+    arguments = ("input1", "input2")
+
+    def inputs(self, site: Site) -> Tensor:
+        """Return ``a[n,s,(i j)]``, the outer products of the two inputs."""
+        if site.input(1) is None:
+            raise UnsupportedError(
+                f"{site.label}: a bilinear layer has two inputs, but this one was called with one. If "
+                "its forward is overridden, register a rule for its class."
+            )
+        one, two = site.rows(site.input(0), 1), site.rows(site.input(1), 1)
+        return (one.unsqueeze(3) * two.unsqueeze(2)).flatten(2)
+
+    @by_shape
+    def cotangents(self, site: Site, g: Tensor) -> Tensor:
+        """Return ``b[v,n,s,o]``."""
+        return site.vector_rows(g, 1)
+
+    def weight_axes(self, module: nn.Module) -> Axes:
+        """Return ``o i j -> 1 o (i j)``."""
+        return Axes("o i j -> 1 o (i j)", (("i", module.in1_features),))
 
 
 class _SpatialRule(Rule):
@@ -105,13 +130,31 @@ class ConvTransposeRule(_SpatialRule):
 
 
 class EmbeddingRule(Rule):
-    """``nn.Embedding``: one-hot inputs, never formed; ``padding_idx`` gives zero inputs."""
+    """``nn.Embedding`` and ``nn.EmbeddingBag``: one-hot inputs, and sums of such, never formed.
+
+    ``padding_idx`` gives zero inputs. A bag is one position: its input is
+    ``sum_k w_k e_{token_k}``, with the weights 1, those of the call, or 1 over the number of the
+    bag's tokens. One rule for both, because a table that both use is one layer. With
+    ``mode="max"`` each feature picks a token of its own: not affine in this sense, and left to
+    `backpack_ext.bare`.
+    """
 
     bias = None
+    arguments = ("input", "offsets", "per_sample_weights")
+
+    def lists(self, module: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """Return the flat tokens and the offsets of bags."""
+        bags = isinstance(module, nn.EmbeddingBag) and inputs[1] is not None
+        return inputs[:2] if bags else ()
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the table, unless features pick their tokens one by one."""
+        return {} if getattr(module, "mode", None) == "max" else super().parameters(module)
 
     def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
         """Return what is wrong if the first argument cannot be the tokens (a mask, say)."""
-        if x.shape == output.shape[:-1] and not (x.is_floating_point() or x.dtype == torch.bool):
+        fits = isinstance(module, nn.EmbeddingBag) or x.shape == output.shape[:-1]
+        if fits and not (x.is_floating_point() or x.dtype == torch.bool):
             return None
         return (
             f"its first argument, {x.dtype} of shape {tuple(x.shape)}, is not what it looks up for an "
@@ -119,16 +162,42 @@ class EmbeddingRule(Rule):
         )
 
     def inputs(self, site: Site) -> OneHot:
-        """Return the token indices ``[n,s]`` as one-hot inputs."""
+        """Return the token indices ``[n,s]`` as one-hot inputs, or the bags ``[n,s]``."""
         m = site.module
         if m.scale_grad_by_freq:
             raise UnsupportedError(
                 f"{site.label}: scale_grad_by_freq=True makes the gradient differ from the loss's "
                 "derivative, so no curvature belongs to it. Set it to False."
             )
+        if isinstance(m, nn.EmbeddingBag):
+            return self._bags(site)
         index = site.rows(site.input(), 0)
         mask = None if m.padding_idx is None else index != m.padding_idx
         return OneHot(index, m.num_embeddings, mask)
+
+    def _bags(self, site: Site) -> OneHot:
+        m, index, offsets, weight = site.module, *(site.input(k) for k in range(3))
+        bags, every = site.out_shape[0], torch.arange(len(index), device=index.device)
+        if index.dim() == 2:
+            row = every.repeat_interleave(index.shape[1])
+        elif offsets is None:
+            raise UnsupportedError(
+                f"{site.label}: flat tokens of shape {tuple(index.shape)} come with offsets, but none "
+                "arrived. If the layer's forward is overridden, register a rule for its class."
+            )
+        else:
+            # of several bags that begin at a token the last has it; those before are empty
+            row = torch.searchsorted(offsets, every.to(offsets.dtype), right=True) - 1
+            row = row.clamp(max=bags - 1)  # what is behind the last offset is the last bag's too
+        index, weight = index.flatten(), None if weight is None else weight.flatten()
+        if m.padding_idx is not None:
+            kept = index != m.padding_idx
+            index, row, weight = index[kept], row[kept], None if weight is None else weight[kept]
+        if m.mode == "mean":
+            dtype = torch.promote_types(m.weight.dtype, torch.float32)
+            weight = (1 / row.bincount(minlength=bags).to(dtype))[row]
+        a = OneHot(index, m.num_embeddings, None, Bags(row, (bags, 1), weight))
+        return a.at(site.rows(torch.arange(bags, device=index.device), 0))
 
     @by_shape
     def cotangents(self, site: Site, g: Tensor) -> Tensor:

@@ -33,10 +33,13 @@ class Rule(ABC):
     Attributes:
         weight: Name of the module's attribute that holds W.
         bias: Name of the attribute that holds beta, or None.
+        arguments: Names of the forward's arguments that `inputs` reads, in the forward's order;
+            ``site.input(k)`` is the k-th. Without names the first argument is kept.
     """
 
     weight: str = "weight"
     bias: str | None = "bias"
+    arguments: tuple[str, ...] = ()
     # Whether W is diagonal, one weight per feature: see `ElementwiseRule`.
     elementwise: bool = False
     # Whether its calls are found in the graph instead of recorded by a module's hook.
@@ -53,6 +56,14 @@ class Rule(ABC):
         as those of a module without a rule.
         """
         return None
+
+    def lists(self, module: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """Return those inputs (given in the order of `arguments`) that list entries of all data.
+
+        Their size is not the number of data, also where it is the first tensor that a model is
+        called with: flat tokens and offsets of bags.
+        """
+        return ()
 
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the module's trainable parameters by role, ``"weight"`` and ``"bias"``.
