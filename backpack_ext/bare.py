@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.checkpoint import GraphExecGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack_ext.context import SuspendBackpack
@@ -346,8 +347,10 @@ def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     """
     arguments = [None] * len(node._input_metadata)
     arguments[index] = g
-    # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    found = node(*arguments) if callable(node) else node.apply(*arguments)
+    # a checkpoint hands out what it recomputed once per pass; here nodes are visited several times
+    with GraphExecGroup():
+        # C++ nodes are callable, those of a custom autograd.Function have `apply`
+        found = node(*arguments) if callable(node) else node.apply(*arguments)
     found = found if isinstance(found, tuple) else (found,)
     parts = []
     for i, k, rest in route:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from backpack_ext import (
     KFAC,
@@ -289,3 +290,30 @@ def test_dead_layers_are_not_checked_for_ever(check_passes):
         with backpack(KFAC()):
             loss_fn(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
     assert len(check_passes) == TRIES * 5
+
+
+@pytest.mark.parametrize("ext", [BatchGrad(), KFAC(fisher="exact", savefield="grad_batch")])
+def test_parameter_without_a_rule_inside_of_a_checkpoint(ext):
+    """A checkpoint hands out what it recomputed once per pass; here it is wanted twice."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.p, self.checkpoint = nn.Linear(3, 3), nn.Parameter(torch.randn(3)), True
+
+        def inner(self, x):
+            return torch.tanh(self.lin(x) * self.p.exp()) * self.p
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) if self.checkpoint else self.inner(x)
+
+    model, loss_fn = extend(nn.Sequential(nn.Linear(3, 3), Scaled(), nn.Linear(3, 2))), nn.MSELoss()
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    found = []
+    for model[1].checkpoint in (True, False):
+        model.zero_grad()
+        with backpack(ext):
+            extend(loss_fn)(model(x), y).backward()
+        result = model[1].p.grad_batch
+        found.append(result if isinstance(result, torch.Tensor) else result.to_dense())
+    torch.testing.assert_close(*found)
