@@ -111,7 +111,11 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
         actual = torch.zeros_like(p) if actual is None else actual.to_dense()
         error = (sums[key] - actual).norm()
         relative, rounding = _TOLERANCES[min(t.element_size() for t in (actual, seed))]
-        if error > relative * actual.norm() + rounding * sizes[key]:
+
+        def wrong(size, error=error, actual=actual, relative=relative, rounding=rounding) -> bool:
+            return error > relative * actual.norm() + rounding * size
+
+        if wrong(sizes[key]) and wrong(_size_before_sums(start, reach, seed, owners[key], sizes[key])):
             site = owners[key]
             role = next(r for r, q in site.parameters.items() if q is p)
             raise UnsupportedError(
@@ -128,6 +132,24 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
 # By bytes per number: tolerated error relative to a gradient, and relative to its summands' size
 # (gradients may cancel: that of a key's bias in attention is zero).
 _TOLERANCES = {8: (1e-6, 1e-10), 4: (0.01, 1e-3), 2: (0.1, 0.03)}
+
+
+def _size_before_sums(start, reach: Reach, seed: Tensor, wanted: Site, size: Tensor) -> Tensor:
+    """Return the size of a gradient's summands.
+
+    A parameter outside of layers brings its per-sample vectors summed up already, and these may
+    cancel: a learned scale in front of a norm has gradient zero, for each datum.
+    """
+    if all(capture.vectors is None for capture in reach.sites[wanted]):
+        return size
+    found = [size]
+
+    def look(site: Site, g: Tensor) -> None:
+        if site is wanted:
+            found.append(g.norm())
+
+    stream(start, reach, seed, look, absolute=True)
+    return torch.stack(found).sum()
 
 
 def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,7 @@ class Oracle:
 
     def _hook(self, path: str):
         def hook(f: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-            if not out.requires_grad:
+            if not out.requires_grad or not any(p.requires_grad for p in f.parameters()):
                 return None
             x = (args[0] if args else kwargs["input"]).detach()
             N, axis = self.N, self.case.axis_of(path)
