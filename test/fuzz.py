@@ -619,9 +619,10 @@ def positions(g: Draw) -> Step:
     axis, d = g.axis, g.features
     g.kinds.add("position embedding")
     if axis == 0 and g.flip(0.4):  # sequence-first, an output that all data share is not supported
+        alpha = g.pick(1, -1, 0.5)
 
         def look_up(s: Step, x: Tensor) -> Tensor:
-            return x + s.f(torch.arange(x.shape[1]))
+            return torch.add(x, s.f(torch.arange(x.shape[1])), alpha=alpha)
 
         return Step(look_up, f=nn.Embedding(8, d))
     return Step(lambda s, x: x + s.p[: x.shape[1 - axis]].unsqueeze(axis), p=g.parameter(8, d))
