@@ -616,16 +616,24 @@ def class_token(g: Draw) -> Step:
 
 @step("tokens")
 def positions(g: Draw) -> Step:
-    axis, d = g.axis, g.features
+    axis = g.axis
     g.kinds.add("position embedding")
-    if axis == 0 and g.flip(0.4):  # sequence-first, an output that all data share is not supported
-        alpha = g.pick(1, -1, 0.5)
+    p = g.parameter(8, g.features)
+    return Step(lambda s, x: x + s.p[: x.shape[1 - axis]].unsqueeze(axis), p=p)
 
-        def look_up(s: Step, x: Tensor) -> Tensor:
-            return torch.add(x, s.f(torch.arange(x.shape[1])), alpha=alpha)
 
-        return Step(look_up, f=nn.Embedding(8, d))
-    return Step(lambda s, x: x + s.p[: x.shape[1 - axis]].unsqueeze(axis), p=g.parameter(8, d))
+@step("tokens")
+def embedded_positions(g: Draw) -> Step:
+    """An Embedding's output that all data share."""
+    if g.axis:
+        raise ValueError("not supported: an output that all data share, sequence-first")
+    alpha = g.pick(-1, 0.5, 2)
+
+    def look_up(s: Step, x: Tensor) -> Tensor:
+        return torch.add(x, s.f(torch.arange(x.shape[1])), alpha=alpha)
+
+    g.kinds.add("position embedding")
+    return Step(look_up, f=nn.Embedding(8, g.features))
 
 
 @step("tokens")
