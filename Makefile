@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,plots]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,plots,models]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -1,11 +1,13 @@
-"""Parameters that no layer's rule covers, through autograd's own vector-Jacobian products.
+"""Parameters that no layer's rule covers, found in the graph.
 
 Class tokens, position embeddings, layer scales, attention's and recurrent layers' weights, home-made
 norms: somewhere on its way from the parameter to the loss the graph gains the axis of the data. At
-the output of that operation, the *cut*, the cotangents of all data are still apart. From there
-back to the parameter they are carried one datum at a time, with the others' rows zeroed. That is
-exact for any operation. It costs N vector-Jacobian products of the operations in between: little
-for what is broadcast, more than a rule for a matrix.
+the output of that operation, the *cut*, the cotangents of all data are still apart.
+
+A cut that is a matrix product is a linear layer in all but name and is treated as one, see
+`backpack_ext.products`. From any other cut back to the parameter, cotangents are carried one datum at
+a time, with the others' rows zeroed: N vector-Jacobian products of the operations in between, exact
+for any operation, and little for what is broadcast.
 
 Where the data are at a candidate cut is not guessed from sizes but tried, the first time: vectors
 of some of the data are sent, and must arrive at rows of these data alone.
@@ -14,19 +16,24 @@ of some of the data are sent, and must arrive at rows of these data alone.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils.checkpoint import GraphExecGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack_ext.context import SuspendBackpack
-from backpack_ext.graph import Capture, Reach
+from backpack_ext.graph import Capture, Reach, sites_at, without_upstream
 from backpack_ext.losses import Layout
+from backpack_ext.own_pass import in_a_pass_of_its_own
+from backpack_ext.product_layers import Found, product_sites
+from backpack_ext.products import SELECTIONS, Product, Route, below, find_product
+from backpack_ext.reading import Reading
 from backpack_ext.rules.elementwise import ElementwiseRule
 from backpack_ext.site import Site, roots
 from backpack_ext.sweep import silent
@@ -42,6 +49,7 @@ class BareRule(ElementwiseRule):
     """A parameter as its own layer: what arrives are its per-sample vectors ``[v,n,*shape]``."""
 
     weight, bias = None, None
+    in_graph = True
 
     def normalized(self, site: Site, x: Tensor) -> Tensor:
         """Return ones: a shift has constant inputs."""
@@ -60,18 +68,6 @@ class BareRule(ElementwiseRule):
 BARE = BareRule()
 
 
-class Reading(NamedTuple):
-    """Where the data are in a tensor: along ``axis``, of size k N, as ``[N, k]`` or as ``[k, N]``."""
-
-    axis: int
-    first: bool
-
-    def owner(self, size: int, N: int, device: torch.device) -> Tensor:
-        """Return the datum of each position along the axis."""
-        position = torch.arange(size, device=device)
-        return position // (size // N) if self.first else position % N
-
-
 class _Known(NamedTuple):
     """What is known of a parameter after it was met once."""
 
@@ -83,25 +79,24 @@ class _Known(NamedTuple):
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-# Route from a cut down to the parameter: (input of the node, output of that input's node, further
-# route); None at the parameter. Numbers only, since what hooks hold must not hold nodes.
-Route = tuple[tuple[int, int, "Route | None"], ...]
-
 
 def add_bare(
-    reach: Reach, start: GradientEdge, layout: Layout | None, like: Tensor, made: dict[int, Site]
+    reach: Reach, start: GradientEdge, layout: Layout | None, like: Tensor, made: dict[tuple, Site]
 ) -> None:
-    """Add Sites for trainable parameters that no recorded call covers, where that can be done.
+    """Add Sites for uses of trainable parameters that no recorded call covers, where possible.
 
     Args:
         reach: The graph behind a loss; its batch size is that of its Sites. It grows.
         start: Edge of the loss's input (or of the model's output).
         layout: How the data are laid out there; None if that is not known.
         like: A tensor of that shape, dtype and device.
-        made: The Sites made in this backward pass, by the parameter's id. It grows.
+        made: The Sites made in this backward pass, by what they stand for. It grows.
     """
-    covered = {id(p) for site in reach.sites if site.error is None for p in site.parameters.values()}
-    wanted = [p for key, p in reach.parameters.items() if key not in covered]
+    _spread_errors(reach.sites)
+    calls = Counter(
+        id(p) for site in reach.sites if site.error is None for p in site.parameters.values()
+    )
+    wanted = [p for key, p in reach.parameters.items() if reach.uses[key] > calls[key]]
     if not wanted or not reach.sites:
         return
     some = next(iter(reach.sites))
@@ -110,6 +105,7 @@ def add_bare(
         return
     probe = _Probe(start, layout, like) if checked and layout is not None and not reach.coupled else None
     readers = _readers(reach.nodes)
+    found: dict[int, Found] = {}
     for p in wanted:
         if p not in _known:
             _known[p] = _Known(*_owner(p), {}, {})
@@ -117,16 +113,58 @@ def add_bare(
         cuts = _cuts(leaf.node, p, readers, some, known.readings, probe)
         if cuts is None:
             continue
-        site = made.get(id(p))
+        if calls[id(p)]:
+            cuts = [cut for cut in cuts if not _recorded(cut[0].node, p, readers)]
+        products = [
+            find_product(edge.node, edge.output_nr, reading, route, p, known.readings)
+            for edge, reading, route in cuts
+        ]
+        checks = known.checks if checked else some.checks
+        found[id(p)] = Found(p, known.module, known.name, checks, cuts, products, known.readings)
+    layers = product_sites(list(found.values()), readers, N, some.batch_axis, made)
+    outermost = without_upstream(start.node, {edge.node for edge in layers.values()})
+    for site, edge in layers.items():
+        reach.sites[site] = [Capture(edge)]
+        if edge.node in outermost:
+            reach.sources[site] = edge
+    treated = {id(p) for site in layers for p in site.parameters.values()}
+    for key, f in found.items():
+        if key in treated or calls[key]:
+            continue
+        site = made.get((key,))
         if site is None:
-            checks = known.checks if checked else some.checks
-            arguments = (known.module, known.name, BARE, {"parameter": p}, p, N, some.batch_axis)
-            site = made[id(p)] = Site(*arguments, p, checks)
+            arguments = (f.module, f.name, BARE, {"parameter": f.p}, f.p, N, some.batch_axis)
+            site = made[(key,)] = Site(*arguments, f.p, f.checks)
             site.broadcast = True
         reach.sites[site] = [
-            Capture(edge, vectors=_Vectors(N, reading, route)) for edge, reading, route in cuts
+            Capture(edge, vectors=_vectors(N, reading, route, product))
+            for (edge, reading, route), product in zip(f.cuts, f.products, strict=True)
         ]
-        reach.sources[site] = leaf
+        reach.sources[site] = get_gradient_edge(f.p)
+
+
+def _recorded(cut: Node, p: nn.Parameter, readers: dict[tuple[Node, int], list[Node]]) -> bool:
+    """Whether a cut is within a recorded call of a layer of the parameter."""
+    level = [cut]
+    for _ in range(8):  # operations within a layer: a product, reshapes, the addition of a bias
+        for node in level:
+            if any(q is p for site in sites_at(node) for q in site.parameters.values()):
+                return True
+        level = [r for node in level for r in readers.get((node, 0), ())]
+    return False
+
+
+def _spread_errors(sites: Collection[Site]) -> None:
+    """Have no rule treat a part of the calls that use a parameter: the others would be missing."""
+    broken = [site for site in sites if site.error is not None]
+    while broken:
+        bad = {id(p): site for site in broken for p in site.parameters.values()}
+        broken = []
+        for site in sites:
+            other = next((bad[id(p)] for p in site.parameters.values() if id(p) in bad), None)
+            if site.error is None and other is not None and not site.rule.in_graph:
+                site.error = f"it is also used by {other.label}: {other.error}"
+                broken.append(site)
 
 
 def _owner(p: nn.Parameter) -> tuple[nn.Module, str]:
@@ -191,7 +229,11 @@ def _cuts(
                 (GradientEdge(node, k), reading, _route(node, leaf, inside))
                 for (node, k), reading in cuts.items()
             ]
-        readings = _readings(found, depth, N, site.batch_axis, known, probe)
+        # what only rearranges the parameter has no data yet, whatever its sizes
+        moved = {output for output in found if output[0].name() in SELECTIONS}
+        others = {output: inner for output, inner in found.items() if output not in moved}
+        readings = _readings(others, depth, N, site.batch_axis, known, probe)
+        readings.update(dict.fromkeys(moved))
         level = []
         for (reader, k), reading in readings.items():
             if reading is not None:
@@ -272,8 +314,9 @@ class _Probe:
 def _candidates(shape: tuple[int, ...], N: int, axis: int) -> list[Reading]:
     """Return the readings that a shape admits, the likeliest first."""
     found = [Reading(a, True) for a, size in enumerate(shape) if size == N]
-    if shape and shape[0] > N and shape[0] % N == 0:
-        found += [Reading(0, True), Reading(0, False)]
+    for a, size in enumerate(shape):
+        if size > N and size % N == 0:
+            found += [Reading(a, True), Reading(a, False)]
     # stable: among equals the order above
     return sorted(found, key=lambda r: (r.axis != axis, not r.first))
 
@@ -282,6 +325,8 @@ def _guess(inner: tuple[int, ...], outer: tuple[int, ...], N: int, axis: int) ->
     """Return the likeliest reading along an axis that the input has not, by sizes alone."""
     inner = (1,) * (len(outer) - len(inner)) + inner
     for reading in _candidates(outer, N, axis):
+        if reading.axis and outer[reading.axis] != N:
+            continue  # k N rows are likely in front only
         size = inner[reading.axis] if reading.axis < len(inner) else 1
         if N == 1 or size % N:
             return reading
@@ -294,13 +339,33 @@ def _apart(g: Tensor, reading: Reading, chosen: Tensor, N: int) -> bool:
     return not g.index_select(reading.axis, (~chosen)[owner].nonzero().squeeze(1)).any()
 
 
-def _route(node: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
+def _route(cut: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
     """Return the way from a cut down to the parameter."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        for child, k in node.next_functions:
+            if (child, k) in inside and child is not leaf and child not in order:
+                visit(child)
+        order[node] = None
+
+    visit(cut)
+    place = {node: k for k, node in enumerate(reversed(order))}
     return tuple(
-        (i, k, None if child is leaf else _route(child, leaf, inside))
-        for i, (child, k) in enumerate(node.next_functions)
-        if (child, k) in inside
+        tuple(
+            (i, k, place.get(child))
+            for i, (child, k) in enumerate(node.next_functions)
+            if (child, k) in inside
+        )
+        for node in place
     )
+
+
+def _vectors(N: int, reading: Reading, route: Route, product: Product | None):
+    """Return what turns cotangents at a cut into per-sample vectors of a parameter."""
+    if product is None or len(product.node._input_metadata[0].shape) > 2:
+        return _Vectors(N, reading, route)
+    return _ProductVectors(N, reading, route, product.left, product.reading)
 
 
 class _Vectors:
@@ -311,55 +376,90 @@ class _Vectors:
 
     def __call__(self, node: Node, index: int, g: Tensor) -> Tensor:
         """Return ``[v,n,*parameter.shape]`` from ``g[v,*shape]`` at an output of a node."""
-        axis = 1 + self.reading.axis
-        owner = self.reading.owner(g.shape[axis], self.N, g.device)
+        axis, (v, N) = 1 + self.reading.axis, (len(g), self.N)
+        owner = self.reading.owner(g.shape[axis], N, g.device)
         shape = [1] * g.dim()
         shape[axis] = -1
         step = max(1, CHUNK // max(1, prod(g.shape[1:])))
-        data = torch.arange(self.N, device=g.device)
-        masks = [(owner == part[:, None]).reshape(len(part), *shape[1:]) for part in data.split(step)]
+        rows = []
         with torch.no_grad():
-            rows = [
-                torch.cat([self._products(node, index, mask * column) for mask in masks]) for column in g
-            ]
-        return torch.stack(rows)
+            for part in torch.arange(v * N, device=g.device).split(step):
+                mask = (owner == (part % N)[:, None]).reshape(len(part), *shape[1:])
+                rows.append(self._each(node, index, g[part // N].mul_(mask), self.route))
+        return torch.cat(rows).unflatten(0, (v, N))
 
-    def _products(self, node: Node, index: int, columns: Tensor) -> Tensor:
+    @staticmethod
+    def _each(node: Node, index: int, columns: Tensor, route: Route) -> Tensor:
         """Return the vector-Jacobian products of columns ``[c,*shape]`` along the route."""
 
         def product(column: Tensor) -> Tensor:
-            return _down(node, index, column, self.route)
+            return _down(node, index, column, route)
 
         with warnings.catch_warnings():
             # torch loops over the columns by itself where an operation has no batching rule
             warnings.filterwarnings("ignore", message="There is a performance drop")
             try:
-                return torch.vmap(product)(columns)
+                return in_a_pass_of_its_own(lambda: torch.vmap(product)(columns))
             except RuntimeError:  # an operation that cannot be vectorised at all
-                return torch.stack([product(column) for column in columns])
+                return torch.stack([in_a_pass_of_its_own(partial(product, c)) for c in columns])
+
+
+class _ProductVectors(_Vectors):
+    """The same where the cut is a matrix product: its own part costs one product, not N."""
+
+    def __init__(self, N: int, reading: Reading, route: Route, left: bool, rows: Reading):
+        super().__init__(N, reading, route)
+        self.left, self.rows = left, rows
+
+    def __call__(self, node: Node, index: int, g: Tensor) -> Tensor:
+        """Return ``[v,n,*parameter.shape]`` from ``g[v,*shape]`` at the product's output."""
+        entry, output, _ = self.route[0][0]
+        product = Product(node, self.left, self.rows, None, self.route)
+        a = self.rows.split(in_a_pass_of_its_own(product.inputs), self.N)
+        b = self.rows.split(g.mT if self.left else g, self.N, 1)
+        child, rest = node.next_functions[entry][0], below(self.route)
+        step = max(1, CHUNK // max(1, a.shape[-1] * b.shape[-1]))
+        with torch.no_grad():
+            rows = []
+            for column in b:
+                parts = []
+                for k in range(0, self.N, step):
+                    G = column[k : k + step].mT @ a[k : k + step]  # [n, o, i]
+                    G = G if self.left else G.mT
+                    parts.append(self._each(child, output, G, rest) if rest else G)
+                rows.append(torch.cat(parts))
+        return torch.stack(rows)
 
 
 def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     """Return a cotangent's product with the Jacobian of the route, node by node.
 
-    A nested backward pass would also take ways around the route: an earlier step of a recurrent
-    cell reaches the same parameter.
+    A nested backward pass from the cut would also take ways around the route: an earlier step of a
+    recurrent cell reaches the same parameter.
     """
-    arguments = [None] * len(node._input_metadata)
-    arguments[index] = g
-    # a checkpoint hands out what it recomputed once per pass; here nodes are visited several times
-    with GraphExecGroup():
+    nodes: dict[int, Node] = {0: node}
+    arrived: dict[int, dict[int, Tensor]] = {0: {index: g}}
+    total = None
+    for place, step in enumerate(route):
+        if place not in nodes:
+            continue  # no gradient arrived
+        node, given = nodes[place], arrived.pop(place)
+        arguments = [given.get(k) for k in range(len(node._input_metadata))]
         # C++ nodes are callable, those of a custom autograd.Function have `apply`
         found = node(*arguments) if callable(node) else node.apply(*arguments)
-    found = found if isinstance(found, tuple) else (found,)
-    parts = []
-    for i, k, rest in route:
-        if found[i] is not None:
+        found = found if isinstance(found, tuple) else (found,)
+        for i, k, target in step:
+            if found[i] is None:
+                continue
             child = node.next_functions[i][0]
             like = child._input_metadata[k]
             # what the engine does between nodes: undo broadcasting and casts
             cotangent = found[i].sum_to_size(like.shape).to(like.dtype)
-            parts.append(cotangent if rest is None else _down(child, k, cotangent, rest))
-    if not parts:
-        raise RuntimeError(f"{node.name()} returned no gradient for a parameter behind it.")
-    return sum(parts)
+            if target is None:
+                total = cotangent if total is None else total + cotangent
+            else:
+                nodes[target], sums = child, arrived.setdefault(target, {})
+                sums[k] = sums[k] + cotangent if k in sums else cotangent
+    if total is None:
+        raise RuntimeError(f"{nodes[0].name()} returned no gradient for a parameter behind it.")
+    return total

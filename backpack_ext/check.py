@@ -18,7 +18,7 @@ from backpack_ext.unit import Unit
 TRIES = 3
 
 
-def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like: Tensor) -> None:
+def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like: Tensor) -> bool:
     """Check layers that have not been read this way before; a training loop pays for it once.
 
     *Rows.* Layers are read by the size of their leading axis, which says nothing about the order
@@ -35,12 +35,16 @@ def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like:
         layout: How the data are laid out there; None if that is not known.
         like: A tensor of that shape, dtype and device.
 
+    Returns:
+        Whether some embeddings turned out to be looked up for all data together (relative positions
+        ``[T, T]``, say): no rule covers their calls, from now on.
+
     Raises:
-        UnsupportedError: If a layer is not what it is read as.
+        UnsupportedError: If another layer is not what it is read as.
     """
     unseen = [site for site in reach.sites if site.checks.get(site.reading, TRIES) and _checkable(site)]
     if not unseen:
-        return
+        return False
     pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
     pattern = ((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)
     if layout is not None and not reach.coupled:
@@ -52,6 +56,7 @@ def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like:
     for site in unseen:  # where only zeros arrived, nothing was seen; but some layers stay dead
         left = site.checks.get(site.reading, TRIES) - 1
         site.checks[site.reading] = 0 if site in moved else left
+    return any(site.error is not None for site in unseen)
 
 
 def _check_rows(start, reach, layout: Layout, pattern: Tensor, chosen: Tensor, unseen) -> None:
@@ -60,11 +65,17 @@ def _check_rows(start, reach, layout: Layout, pattern: Tensor, chosen: Tensor, u
     seed = layout.join(parts * chosen[:, None, None])[0]
 
     def look(site: Site, g: Tensor) -> None:
-        if site not in unseen:
+        if site not in unseen or site.error is not None:
             return
         per_datum = site.rule.cotangents(site, g).movedim(-3, 0).flatten(1).abs().amax(1)
         if per_datum.isnan().any() or not per_datum[~chosen].any():
             return  # not-a-numbers will show in the results
+        if site.looked_up:
+            site.error = site.checks["error"] = (
+                f"the {site.batch} data are not apart along axis {site.batch_axis} of its output of "
+                f"shape {tuple(site.out_shape)}"
+            )
+            return
         raise UnsupportedError(
             f"{site.label}: a vector that belongs to one datum arrives at the rows of another. Its "
             f"output of shape {tuple(site.out_shape)} is read as {site.batch} data along axis "
@@ -170,7 +181,7 @@ def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:
         G = normal.per_sample_sum(unit.a, unit.b)
         a = unit.a if isinstance(unit.a, normal.OneHot) else unit.a.abs()
         size = normal.per_sample_sum(a, unit.b.abs())
-    return unit.axes(role).to_parameter(G), size
+    return unit.placed(role, G), size
 
 
 def _parameters(site: Site) -> list[nn.Parameter]:

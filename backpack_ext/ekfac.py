@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension
+from backpack_ext.groups import Groups
 from backpack_ext.kfac import KFAC
 from backpack_ext.normal import OneHot, square_sum
 from backpack_ext.unit import Unit
@@ -145,7 +146,13 @@ class EKFAC(Extension):
                     f"EKFAC: `basis` has no block for the {role} of {unit.sites[0].label}. Pass one "
                     "for each trainable parameter, or freeze the parameter."
                 )
-            bases[role] = self.basis[id(p)][1]
+            eigen, part = self.basis[id(p)][1], unit.part(role)
+            if part is not None and eigen.groups != part[1]:
+                raise ValueError(
+                    f"EKFAC: `basis` has a block with {eigen.groups} groups for the {role} of "
+                    f"{unit.sites[0].label}; expected {part[1]}."
+                )
+            bases[role] = eigen if part is None else eigen.group(part[0])
         g, o = unit.groups, unit.b.shape[-1]
         i = 1
         if "weight" in bases:
@@ -166,13 +173,20 @@ class EKFAC(Extension):
         layers, kfac = store.get("layers", {}), self.kfac.finish(store.get("kfac", {}))
         if self.basis is None:
             found = {id(p): block for p, block in kfac}
+            eigen: dict[int, KroneckerEigen] = {}
             for layer in layers.values():
-                layer.bases = _decompose(layer, found)
+                layer.bases = _decompose(layer, found, eigen)
                 for a, b, factor in layer.calls:
                     layer.add(self._cast(a), self._cast(b), factor)
                 layer.calls.clear()
         norms = [(p, block) for p, block in kfac if isinstance(block, (DenseBlock, DiagonalBlock))]
-        return [*norms, *(result for layer in layers.values() for result in layer.results())]
+        groups, results = Groups(), []
+        for layer in layers.values():
+            blocks = layer.results()
+            if layer.parts:
+                blocks = groups.take(blocks, layer.parameters, layer.parts, layer.axes.__getitem__)
+            results.extend(blocks)
+        return [*norms, *results]
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add a batch's eigenvalues.
@@ -198,6 +212,7 @@ class _Layer:
 
     def __init__(self, unit: Unit):
         self.label, self.parameters = unit.sites[0].label, unit.parameters
+        self.parts, self.axes = unit.sites[0].parts, {r: unit.axes(r) for r in unit.parameters}
         self.calls: list[tuple[Tensor | OneHot | None, Tensor, float]] = []
         self.bases: dict[str, KroneckerEigen] = {}
         self.values: dict[str, Tensor] = {}
@@ -206,6 +221,7 @@ class _Layer:
         """Return a layer with the same bases and no eigenvalues."""
         other = object.__new__(_Layer)
         other.label, other.parameters, other.bases = self.label, self.parameters, self.bases
+        other.parts, other.axes = self.parts, self.axes
         other.calls, other.values = [], {}
         return other
 
@@ -227,8 +243,10 @@ class _Layer:
         return [(p, blocks.get(role) or blocks["weight"]) for role, p in self.parameters.items()]
 
 
-def _decompose(layer: _Layer, found: dict[int, Kronecker | KroneckerSum]) -> dict[str, KroneckerEigen]:
-    """Return the eigenbases of a layer's blocks, by role."""
+def _decompose(
+    layer: _Layer, found: dict[int, Kronecker | KroneckerSum], eigen: dict[int, KroneckerEigen]
+) -> dict[str, KroneckerEigen]:
+    """Return the eigenbases of a layer's blocks, by role; ``eigen`` keeps those of groups' blocks."""
     blocks = {role: found[id(p)] for role, p in layer.parameters.items()}
     for block in blocks.values():
         if isinstance(block, KroneckerSum):
@@ -237,6 +255,16 @@ def _decompose(layer: _Layer, found: dict[int, Kronecker | KroneckerSum]) -> dic
                 "(an embedding tied to a head?), and a sum of Kronecker products has no factored "
                 "eigenbasis. Use KFAC there."
             )
+    if layer.parts:
+        bases = {}
+        for role, block in blocks.items():
+            if id(block) not in eigen:
+                eigen[id(block)] = block.eigh()
+            whole, part = eigen[id(block)], layer.parts.get(role)
+            bases[role] = whole if part is None else whole.group(part[0])
+        if bases["weight"].joint:
+            bases.pop("bias", None)
+        return bases
     weight, bias = blocks.get("weight"), blocks.get("bias")
     if weight is None:
         return {"bias": bias.eigh()}

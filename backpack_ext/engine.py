@@ -125,7 +125,7 @@ class BackwardPass(Receiver):
         self.nodes: list[Collection[Node]] = []  # visited by walks
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
-        self.bare: dict[int, Site] = {}  # Sites of parameters outside of layers, by id
+        self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
         self.pending = Pending()
         self.handles: list = []
         self.hook = CollectingHook()
@@ -164,7 +164,12 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites:
             with self._quiet(call.z.device.type):
-                check_layers(call.start, reach, layout, call.z)
+                again = check_layers(call.start, reach, layout, call.z)
+                if again:
+                    add_bare(reach, call.start, layout, call.z, self.bare)
+            if again:
+                self._check_reach(reach)
+                self._tap(reach)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
@@ -189,7 +194,12 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites and first:
             with self._quiet(grad.device.type):
-                check_layers(GradientEdge(node, 0), reach, layout, grad)
+                again = check_layers(GradientEdge(node, 0), reach, layout, grad)
+                if again:
+                    add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
+            if again:
+                self._check_reach(reach)
+                self._tap(reach)
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""
@@ -213,6 +223,8 @@ class BackwardPass(Receiver):
             note_computed()
         finally:
             modules = self.hook.remove()
+        for site in self.bare.values():  # another pass makes its own
+            site.release()
         if not self.keep:
             for site in self.expected:
                 site.release()
@@ -230,8 +242,8 @@ class BackwardPass(Receiver):
             found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
             raise RecordingError(
                 f"The layers behind {start} disagree about the batch size ({found}). It is the "
-                "leading size of the outermost extended module's input: extend the whole model, not "
-                "its parts, and call the whole model."
+                "leading size of the first tensor that the outermost extended module is called with: "
+                "extend the whole model, not its parts, and call the whole model, with a tensor."
             )
         batch = next(iter(batches), 1)
         if batch == 0:

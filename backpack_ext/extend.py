@@ -90,6 +90,8 @@ def extend(
             RootHook(axis, sub is module).attach(sub)
         if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
             SiteHook(path, axis, check_layers).attach(sub)
+        if isinstance(sub, nn.RNNBase):
+            UnfusedHook().attach(sub)
     return module
 
 
@@ -201,7 +203,9 @@ class SiteHook(Hook):
         )
         if not parameters or not torch.is_grad_enabled():
             return
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor):
+            return  # a subclass with a forward of its own: its parameters are left to autograd
         batch = None if running is None else running.batch
         if batch is None:
             batch = x.shape[self.batch_axis] if x.dim() > self.batch_axis else 0
@@ -217,7 +221,8 @@ class SiteHook(Hook):
             output,
             self.checks,
         )
-        site.error = error
+        error = error or self.checks.get("error")
+        site.error = error or (None if rule is None else rule.misfit(module, x, output))
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
         if running is None:  # a layer that was called on its own is a model
@@ -229,6 +234,42 @@ class _NoChecks(dict):
 
     def get(self, key, default=None) -> int:
         return 0
+
+
+class UnfusedHook(Hook):
+    """Has a recurrent module compute step by step while it is recorded.
+
+    The fused kernels (oneDNN's LSTM, cuDNN's of all kinds) are one node of the graph, inside of
+    which no vectors arrive at the gates.
+    """
+
+    def __init__(self):
+        self.saved: list[tuple[bool, bool]] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Register before and after the module's forward; after also when it raises."""
+        self.handles = [
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Switch the fused kernels off."""
+        running = _forward.stack[-1] if _forward.stack else None
+        wanted = recording() if running is None else running.recording
+        trained = any(p.requires_grad for p in module.parameters())
+        if not (wanted and torch.is_grad_enabled() and trained):
+            return
+        mkldnn = torch.backends.mkldnn.set_flags(_enabled=False)[0]
+        self.saved.append((mkldnn, torch.backends.cudnn.enabled))
+        torch.backends.cudnn.enabled = False
+
+    def __call__(self, module: nn.Module, args: tuple, output) -> None:
+        """Switch them on again."""
+        if self.saved:
+            mkldnn, cudnn = self.saved.pop()
+            torch.backends.mkldnn.set_flags(_enabled=mkldnn)
+            torch.backends.cudnn.enabled = cudnn
 
 
 class LossHook(Hook):

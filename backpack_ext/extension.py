@@ -110,7 +110,7 @@ class Extension(BackpropExtension):
 
     def rule_for(self, module: nn.Module, default: Rule | None) -> Rule | None:
         """Return this extension's own rule for a module, or the package-wide one."""
-        if self._rules:
+        if self._rules and not (default is not None and default.in_graph):
             for cls in type(module).__mro__:
                 if cls in self._rules:
                     return self._rules[cls]

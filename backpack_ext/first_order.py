@@ -49,7 +49,7 @@ class PerSample(Extension):
             entry = store.get(id(p))
             if entry is None:
                 entry = store[id(p)] = _Entry(p, unit.batch)
-            if self._other_roles(unit, p):
+            if self._other_roles(unit, role, p):
                 entry.add_grads(unit.grads(role))
             elif unit.rule.elementwise:
                 self._add_whole(entry, unit.grads(role))
@@ -82,13 +82,13 @@ class PerSample(Extension):
     def _placed(self, value: Tensor, unit: Unit, role: str) -> Tensor:
         """Bring a quantity to the parameter's shape, or add up the groups' shares."""
         if self.per_entry:
-            return unit.axes(role).to_parameter(value)
+            return unit.placed(role, value)
         return value[0] if len(value) == 1 else value.sum(0)
 
     @staticmethod
-    def _other_roles(unit: Unit, p: nn.Parameter) -> bool:
+    def _other_roles(unit: Unit, role: str, p: nn.Parameter) -> bool:
         """Whether live calls of other layers use the parameter."""
-        return unit.sites[0].uses_of(p) > len(unit.sites)
+        return unit.sites[0].uses_of(role, p) > len(unit.sites)
 
     def settle(self, store: dict) -> None:
         """Evaluate what waited for other roles: all of them have brought their vectors."""

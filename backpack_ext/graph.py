@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,7 @@ class Reach:
         sources: Those Sites that have no Site upstream. Differentiating with respect to their
             outputs visits all others on the way.
         parameters: Leaf parameters by id.
+        uses: How many nodes read each leaf parameter, by id.
         coupled: Names of nodes that couple samples (training-mode batch norm).
         nodes: All nodes that were visited.
     """
@@ -50,6 +51,7 @@ class Reach:
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
     sources: dict[Site, GradientEdge] = field(default_factory=dict)
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    uses: dict[int, int] = field(default_factory=dict)
     coupled: list[str] = field(default_factory=list)
     nodes: Collection[Node] = ()
 
@@ -76,6 +78,7 @@ def walk(start: Node) -> Reach:
     reach = Reach()
     behind: dict[Node, bool] = {}  # is a Site at this node or upstream of it?
     consumers: dict[Node, list[tuple[Node, int]]] = {}  # of watched nodes only
+    leaves: dict[Node, int] = {}
     stack: list[tuple[Node, tuple | None]] = [(start, None)]
     while stack:
         node, children = stack.pop()
@@ -92,11 +95,15 @@ def walk(start: Node) -> Reach:
             else:
                 variable = getattr(node, "variable", None)
                 if isinstance(variable, nn.Parameter):
+                    leaves[node] = id(variable)
                     reach.parameters[id(variable)] = variable
+                    reach.uses[id(variable)] = 0
             continue
         upstream = False  # coming back
         for child, _ in children:
-            if child is not None and behind[child]:
+            if child in leaves:
+                reach.uses[leaves[child]] += 1
+            elif child is not None and behind[child]:
                 upstream = True
         if consumers:
             for index, (child, _) in enumerate(children):
@@ -123,6 +130,32 @@ def walk(start: Node) -> Reach:
         if not site.depends_on_parameters:
             _find_broadcast(site, captures, consumers)
     return reach
+
+
+def without_upstream(start: Node, marked: Collection[Node]) -> set[Node]:
+    """Return those of some nodes that have none of the others upstream."""
+    found: set[Node] = set()
+    behind: dict[Node, bool] = {}
+    stack: list[tuple[Node, bool]] = [(start, False)]
+    while stack:
+        node, back = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if not back:
+            if node not in behind:
+                behind[node] = False
+                stack.append((node, True))
+                stack.extend((child, False) for child in children if child not in behind)
+            continue
+        upstream = any(behind[child] for child in children)
+        if node in marked and not upstream:
+            found.add(node)
+        behind[node] = upstream or node in marked
+    return found
+
+
+def sites_at(node: Node) -> Sequence[Site]:
+    """Return the Sites whose output a node produced."""
+    return (node.metadata.get(TAG) if type(node) in _tagged else None) or ()
 
 
 def _couples(node: Node) -> bool:
@@ -175,12 +208,17 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
     site.broadcast = bool(found) and not rest
     if site.broadcast:
         captures[:] = found
-    elif found or site.out_shape[:1] == (1,):
+    elif found or site.out_shape[:1] == (1,) or _is_for_all_data(site):
         site.error = (
             f"its output of shape {tuple(site.out_shape)} is shared by all {site.batch} data, and "
             f"the vectors of the single datum cannot be told apart behind {sorted(set(rest))}. "
             "Only outputs that are added to per-datum tensors can be treated"
         )
+
+
+def _is_for_all_data(site: Site) -> bool:
+    """Whether an embedding was looked up for all data together (relative positions ``[T, T]``, say)."""
+    return site.looked_up and bool(site.out_shape) and site.out_shape[0] % site.batch != 0
 
 
 def edge_of(t: Tensor) -> GradientEdge:

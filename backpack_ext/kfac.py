@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from backpack_ext.elementwise_block import ElementwiseLayer
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
+from backpack_ext.groups import Groups
 from backpack_ext.normal import OneHot, gram
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_inputs, stack_vectors
-from curvature import Block, Kronecker, KroneckerSum
+from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum
 
 APPROX = ("expand", "reduce")
 FISHER = ("exact", "mc", "empirical", "forward")
-BIAS = ("joint", "separate")
+BIASES = ("joint", "separate")
 OVERSIZE = ("raise", "diagonal")
 NORM = ("dense", "diagonal")
 
@@ -104,7 +105,7 @@ class KFAC(Extension):
         for name, value, allowed in (
             ("approx", approx, APPROX),
             ("fisher", fisher, FISHER),
-            ("bias", bias, BIAS),
+            ("bias", bias, BIASES),
             ("oversize", oversize, OVERSIZE),
             ("norm", norm, NORM),
         ):
@@ -133,14 +134,7 @@ class KFAC(Extension):
         layer = store.get(unit.key)
         if layer is None:
             layer = store[unit.key] = _Layer(unit)
-            weight, site = unit.parameters.get("weight"), unit.sites[0]
-            if self.joins(unit.parameters) and site.uses_of(weight) > site.uses_of(
-                unit.parameters["bias"]
-            ):
-                raise UnsupportedError(
-                    f'KFAC: bias="joint" for {site.label}, whose weight another layer uses without '
-                    'this bias. Use bias="separate" for tied weights.'
-                )
+            self._check_joint(unit)
         if self.fisher != "forward":
             b = self._b_rows(unit.b)
             layer.add_B(self._second_moment(b, unit, "B", self.b_factor(unit)))
@@ -150,6 +144,23 @@ class KFAC(Extension):
                 layer.later = True
             else:
                 self._add_inputs(layer, unit)
+
+    def _check_joint(self, unit: Unit) -> None:
+        """Raise if weight and bias are to be joined but do not belong to each other alone."""
+        if not self.joins(unit.parameters):
+            return
+        site = unit.sites[0]
+        weight, bias = (site.uses_of(role, p) for role, p in unit.parameters.items())
+        if weight > bias:
+            raise UnsupportedError(
+                f'KFAC: bias="joint" for {site.label}, whose weight another layer uses without '
+                'this bias. Use bias="separate" for tied weights.'
+            )
+        if unit.part("weight") != unit.part("bias"):
+            raise UnsupportedError(
+                f'KFAC: bias="joint" for {site.label}, whose bias is one parameter for several '
+                'weights (attention with kdim or vdim?). Use bias="separate".'
+            )
 
     def _absorb_elementwise(self, store: dict, unit: Unit) -> None:
         layer = store.get(unit.key)
@@ -272,12 +283,15 @@ class KFAC(Extension):
         """Build one object per parameter."""
         found: dict[int, tuple[nn.Parameter, Block]] = {}
         ones: dict[tuple, Tensor] = {}
+        groups = Groups()
         for layer in store.values():
             if isinstance(layer, ElementwiseLayer):
                 blocks = layer.blocks()
             else:
                 self.join_later(layer)
                 blocks = self._blocks(layer, ones)
+                if layer.parts:
+                    blocks = groups.take(blocks, layer.parameters, layer.parts, layer.axes_of)
             for parameter, block in blocks:
                 other = found.get(id(parameter))
                 if other is not None:
@@ -303,7 +317,8 @@ class KFAC(Extension):
             if joint:
                 A = _append_constant(A, layer.mean)
             A = A if groups > 1 else A[0]
-            block = Kronecker(B, A, layer.axes, groups, joint, layer.rows)
+            axes = MATRIX if "weight" in layer.parts else layer.axes
+            block = Kronecker(B, A, axes, groups, joint, layer.rows)
             blocks.append((weight, block))
             if joint:
                 return [*blocks, (bias, block)]
@@ -312,14 +327,16 @@ class KFAC(Extension):
             one = ones.get(kind)
             if one is None:
                 one = ones[kind] = B.new_ones((groups, 1, 1) if groups > 1 else (1, 1))
-            blocks.append((bias, Kronecker(B, one, layer.bias_axes, groups)))
+            axes = BIAS if "bias" in layer.parts else layer.bias_axes
+            blocks.append((bias, Kronecker(B, one, axes, groups)))
         return blocks
 
     def _identity(self, layer: _Layer) -> Tensor:
         """Return the identity of ``fisher="forward"`` as diagonals ``[g,o]``."""
         role, p = next(iter(layer.parameters.items()))
-        axes = layer.axes if role == "weight" else layer.bias_axes
-        shape = axes.to_matrix(p.detach()).shape[:2]
+        shape = layer.axes_of(role).to_matrix(p.detach()).shape[:2]
+        if role in layer.parts:
+            shape = (1, shape[1])
         return torch.ones(shape, dtype=self._dtype(p), device=p.device)
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
@@ -334,16 +351,22 @@ class _Layer:
     """Factors of one layer: B (a sum), A and the mean input (means over a number of rows)."""
 
     __slots__ = (
-        "A", "B", "axes", "bias_axes", "groups", "later", "mean", "parameters", "rows", "rule", "sites",
+        "A", "B", "axes", "bias_axes", "groups", "later", "mean", "parameters", "parts", "rows", "rule",
+        "sites",
     )  # fmt: skip
 
     def __init__(self, unit: Unit):
         self.rule, self.groups, self.parameters = unit.rule, unit.groups, unit.parameters
         self.axes, self.bias_axes = unit.axes("weight"), unit.axes("bias")
+        self.parts = unit.sites[0].parts
         self.sites: dict[Site, None] = {}
         self.A = self.B = self.mean = None
         self.rows = 0
         self.later = False
+
+    def axes_of(self, role: str) -> Axes:
+        """Return how the axes of a (whole) parameter form its matrix."""
+        return self.axes if role == "weight" else self.bias_axes
 
     def is_new(self, unit: Unit) -> bool:
         """Note a unit's calls; whether some were not known."""

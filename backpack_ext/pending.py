@@ -51,7 +51,8 @@ class Pending:
         layers: dict[tuple, tuple[list[Site], list[Tensor]]] = {}
         for site, g in self.shared:
             roles = (*site.parameters, *map(id, site.parameters.values()))
-            sites, gs = layers.setdefault((site.rule, *roles), ([], []))
+            parts = tuple(site.parts.items())
+            sites, gs = layers.setdefault((site.rule, *roles, *parts), ([], []))
             sites.append(site)
             gs.append(g)
         self.shared = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,10 +14,12 @@ from backpack_ext.errors import RecordingError, UnsupportedError
 if TYPE_CHECKING:
     from backpack_ext.rules.base import Rule
 
-# How many live Sites use a parameter, by id. A Site holds its module, hence its parameters, so an
-# id cannot be reused while it is counted. A count of one means: this call is all there is.
-_calls: dict[int, int] = {}
+# How many live Sites use a parameter, by id, or by id and part. A Site holds its module, hence its
+# parameters, so an id cannot be reused while it is counted. A count of one means: this call is all
+# there is.
+_calls: dict[int | tuple[int, int], int] = {}
 
+_WHOLE: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 # The outermost extended modules that were called: where messages find parameters' names.
 roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -41,7 +45,10 @@ class Site:
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         depends_on_parameters: Whether the input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
-        checks: How many checks each reading of this layer's rows still needs, see `reading`.
+        checks: How many checks each reading of this layer's rows still needs, see `reading`; and
+            what was found wrong, as ``"error"``.
+        parts: By role, which part of a parameter this call uses, as ``(k, G)``: rows k of G equal
+            groups of rows (attention's ``in_proj_weight`` is three layers). Empty: the whole.
     """
 
     __slots__ = (
@@ -60,6 +67,7 @@ class Site:
         "out_shape",
         "output_nr",
         "parameters",
+        "parts",
         "rule",
         "x",
     )
@@ -74,7 +82,8 @@ class Site:
         batch: int,
         batch_axis: int,
         output: Tensor,
-        checks: dict[tuple, int],
+        checks: dict,
+        parts: Mapping[str, tuple[int, int]] = _WHOLE,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x, self._version = x.detach(), x._version
@@ -84,10 +93,10 @@ class Site:
         self.error: str | None = None
         self.broadcast = False
         self.checks = checks
+        self.parts = parts
         self.note = None if rule is None else rule.note(module)
         self._live = True
-        for p in parameters.values():
-            key = id(p)
+        for key in self._keys():
             _calls[key] = _calls.get(key, 0) + 1
 
     def __repr__(self) -> str:
@@ -104,17 +113,30 @@ class Site:
         return len(self.out_shape), self.out_shape[:1] == (self.batch,)
 
     @property
+    def looked_up(self) -> bool:
+        """Whether the input consists of indices."""
+        return self.x is not None and not self.x.is_floating_point()
+
+    @property
     def shared(self) -> bool:
         """Whether another live call uses one of the parameters."""
-        for p in self.parameters.values():  # noqa: SIM110 (a generator costs three times as much)
-            if _calls.get(id(p), 0) > 1:
+        for key in self._keys():  # noqa: SIM110 (a generator costs three times as much)
+            if _calls.get(key, 0) > 1:
                 return True
         return False
 
-    @staticmethod
-    def uses_of(parameter: nn.Parameter) -> int:
-        """Return how many live calls use a parameter."""
-        return _calls.get(id(parameter), 0)
+    def uses_of(self, role: str, parameter: nn.Parameter) -> int:
+        """Return how many live calls use a parameter, or the same part of it as this call."""
+        return _calls.get(self._key(role, parameter), 0)
+
+    def _key(self, role: str, parameter: nn.Parameter) -> int | tuple[int, int]:
+        part = self.parts.get(role)
+        return id(parameter) if part is None else (id(parameter), part[0])
+
+    def _keys(self) -> list[int | tuple[int, int]]:
+        if not self.parts:
+            return [id(p) for p in self.parameters.values()]
+        return [self._key(role, p) for role, p in self.parameters.items()]
 
     def input(self) -> Tensor:
         """Return the recorded input.
@@ -178,9 +200,10 @@ class Site:
             return t.reshape(v, -1, N, *feature_shape).transpose(1, 2)
         raise UnsupportedError(
             f"{self.label}: cannot find the {N} data of the batch in a tensor of shape "
-            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the outermost "
-            "extended module's input. If this layer counts its data elsewhere, say so: "
-            f"extend(model, batch_axis={{{self.name!r}: AXIS}})."
+            f"{tuple(t.shape[1:])} along axis {axis}. N is the leading size of the first tensor that "
+            "the outermost extended module is called with. If that is not the number of data, give "
+            "the model a tensor that leads with it as first argument. If this layer counts its data "
+            f"elsewhere, say so: extend(model, batch_axis={{{self.name!r}: AXIS}})."
         )
 
     def release(self) -> None:
@@ -188,8 +211,7 @@ class Site:
         self.x = None
         if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
-            for p in self.parameters.values():
-                key = id(p)
+            for key in self._keys():
                 count = _calls[key] - 1
                 if count:
                     _calls[key] = count

@@ -41,7 +41,9 @@ class Unit:
     @property
     def key(self) -> tuple:
         """What tells layers apart: their rule, and their parameters' roles."""
-        return (id(self.rule), *map(id, self.parameters.values()), *self.parameters)
+        site = self.sites[0]
+        parts = tuple(site.parts.items()) if site.parts else ()
+        return (id(self.rule), *map(id, self.parameters.values()), *self.parameters, *parts)
 
     @property
     def module(self) -> nn.Module:
@@ -62,6 +64,8 @@ class Unit:
     def dtype(self) -> torch.dtype:
         """The wider data type of inputs and vectors: under autocast they may differ."""
         x, g = self.sites[0].input().dtype, self.cotangents[0].dtype
+        if self.rule.in_graph:  # under autocast its input was found cast already
+            g = torch.promote_types(g, next(iter(self.parameters.values())).dtype)
         return torch.promote_types(x, g) if x.is_floating_point else g
 
     @property
@@ -89,10 +93,24 @@ class Unit:
             G = (b * self.a if role == "weight" else b).sum(2)
             return G.reshape(*G.shape[:2], *self.parameters[role].shape)
         G = bias_per_sample(self.b) if role == "bias" else per_sample(self.a, self.b)
-        return self.axes(role).to_parameter(G)
+        return self.placed(role, G)
+
+    def placed(self, role: str, m: Tensor) -> Tensor:
+        """Bring ``[...,g,o,i]`` to a parameter's shape, with zeros outside of the part used."""
+        part = self.part(role)
+        if part is not None:
+            k, groups = part
+            whole = m.new_zeros(*m.shape[:-3], groups, *m.shape[-2:])
+            whole[..., k : k + 1, :, :] = m
+            m = whole
+        return self.axes(role).to_parameter(m)
+
+    def part(self, role: str) -> tuple[int, int] | None:
+        """Return which part of a parameter the layer is, ``(k, G)``: k of G; None for the whole."""
+        return self.sites[0].parts.get(role)
 
     def axes(self, role: str) -> Axes:
-        """Return how a parameter's axes form the matrix of the normal form."""
+        """Return how the axes of the (whole) parameter form the matrix of the normal form."""
         return self.rule.axes(self.module, role)
 
 

@@ -2,6 +2,7 @@ r"""Matrices that are diagonal in a Kronecker-factored eigenbasis."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,6 +105,33 @@ class KroneckerEigen(MatrixBlock):
         """Multiply the block with matrices ``V[..., g, o, i]``."""
         own = self.to(dtype=V.dtype)
         return own.unproject(own.values * own.project(V))
+
+    def group(self, k: int) -> KroneckerEigen:
+        """Return the part of one group, with the matrix form's own axes."""
+        bases = [None if Q is None or self.groups == 1 else Q[k] for Q in (self.Q_B, self.Q_A)]
+        if self.groups == 1:
+            bases = [self.Q_B, self.Q_A]
+        return KroneckerEigen(*bases, self.values[k : k + 1], MATRIX, 1, self.joint)
+
+    @classmethod
+    def of_groups(cls, blocks: Sequence[KroneckerEigen], axes: Axes) -> KroneckerEigen:
+        """Join the blocks of a parameter's groups, as `Kronecker.of_groups` does.
+
+        Raises:
+            ValueError: If they differ in shape, or in which bases are the identity.
+        """
+        first = blocks[0]
+        kinds = {(M.sizes, M.Q_B is None, M.Q_A is None, M.joint, M.groups) for M in blocks}
+        if len(kinds) != 1 or first.groups != 1:
+            raise ValueError(f"KroneckerEigen.of_groups: expected blocks of one shape, got {blocks}.")
+        if len(blocks) == 1:
+            return replace(first, axes=axes)
+        bases = [
+            None if getattr(first, name) is None else torch.stack([getattr(M, name) for M in blocks])
+            for name in ("Q_B", "Q_A")
+        ]
+        values = torch.cat([M.values for M in blocks])
+        return cls(*bases, values, axes, len(blocks), first.joint)
 
     def corrected(self, values: Tensor) -> KroneckerEigen:
         """Return the matrix with the same eigenbasis and other eigenvalues ``[g, o, i]``."""

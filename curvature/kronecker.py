@@ -2,7 +2,7 @@ r"""Kronecker products :math:`B \otimes A` that know which axes of a parameter t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,7 @@ class Kronecker(MatrixBlock):
         joint: Whether the last input feature is the constant 1 that belongs to the bias. The
             block then acts on ``[weight | bias]``, the bias being the last column.
         rows: Number of rows (data, or data times positions) that A is the mean of: its weight when
-            batches are added.
+            batches are added. One number per group where the groups' numbers differ.
 
     Raises:
         ValueError: If a factor is neither square nor a diagonal.
@@ -67,7 +67,7 @@ class Kronecker(MatrixBlock):
     axes: Axes = MATRIX
     groups: int = 1
     joint: bool = False
-    rows: float = 1.0
+    rows: float | tuple[float, ...] = 1.0
 
     def __post_init__(self):
         b, a = self.B.shape, self.A.shape
@@ -188,6 +188,39 @@ class Kronecker(MatrixBlock):
         factor = getattr(self, name)
         return factor if self.is_diagonal(name) else factor.diagonal(dim1=-2, dim2=-1)
 
+    # ------------------------------------------------------------------ groups
+
+    @classmethod
+    def of_groups(cls, blocks: Sequence[Kronecker], axes: Axes) -> Kronecker:
+        """Join the blocks of a parameter's groups into one that is block-diagonal over them.
+
+        Args:
+            blocks: One per group, without groups of their own, with factors of equal shapes.
+            axes: Map from the axes of the whole parameter to ``[g, o, i]``.
+
+        Raises:
+            ValueError: If they differ in shape, or some are joint and others are not.
+
+        Example:
+            >>> blocks = [Kronecker(b * torch.eye(2), torch.eye(1)) for b in (1.0, 2.0)]
+            >>> Kronecker.of_groups(blocks, Axes("(g o) i -> g o i", (("g", 2),))).diagonal().flatten()
+            tensor([1., 1., 2., 2.])
+        """
+        kinds = {(K.B.shape, K.A.shape, K.joint, K.groups) for K in blocks}
+        if len(kinds) != 1 or blocks[0].groups != 1:
+            raise ValueError(f"Kronecker.of_groups: expected blocks of one shape, got {list(blocks)}.")
+        if len(blocks) == 1:
+            return replace(blocks[0], axes=axes)
+        rows = tuple(K.rows for K in blocks)
+        return cls(
+            torch.stack([K.B for K in blocks]),
+            torch.stack([K.A for K in blocks]),
+            axes,
+            len(blocks),
+            blocks[0].joint,
+            rows[0] if len(set(rows)) == 1 else rows,
+        )
+
     # ------------------------------------------------------------------ batches
 
     def __add__(self, other: Kronecker) -> Kronecker:
@@ -209,9 +242,18 @@ class Kronecker(MatrixBlock):
         if not isinstance(other, Kronecker):
             return NotImplemented
         self._check_same(other, "+")
-        rows = self.rows + other.rows
-        A = self.A + (other.rows / rows) * (other.A - self.A)
-        return replace(self, B=self.B + other.B, A=A, rows=rows)
+        mine, theirs = self.rows, other.rows
+        if isinstance(mine, tuple) or isinstance(theirs, tuple):
+            mine, theirs = self._rows(), other._rows()
+        part, rows = theirs / (mine + theirs), mine + theirs
+        if isinstance(rows, Tensor):
+            part, rows = part.to(self.A.dtype), _numbers(rows)
+        return replace(self, B=self.B + other.B, A=self.A + part * (other.A - self.A), rows=rows)
+
+    def _rows(self) -> Tensor:
+        """Return the rows in float64, shaped so that A can be multiplied with them."""
+        rows = torch.tensor(self.rows, dtype=torch.float64, device=self.device)
+        return rows.reshape(-1, *[1] * (self.A.dim() - 1)) if rows.dim() else rows
 
     def scaled(self, scale: float | Tensor) -> Kronecker:
         """Return a multiple of the matrix (that is, of B): the block of a scaled loss."""
@@ -244,13 +286,15 @@ class Kronecker(MatrixBlock):
 
     def numerators(self) -> list[Tensor]:
         """Return B, A times its rows, and the rows."""
-        rows = torch.tensor(float(self.rows), dtype=torch.float64, device=self.device)
-        return [self.B, widen(self.A) * self.rows, rows]
+        rows = self._rows()
+        if self.groups > 1 and not rows.dim():  # another process's groups may differ in rows
+            rows = rows.expand(self.groups, *[1] * (self.A.dim() - 1)).contiguous()
+        return [self.B, (widen(self.A) * rows).to(widen(self.A).dtype), rows]
 
     def from_numerators(self, summed: list[Tensor], scale: float) -> Kronecker:
         """Return the block with the accumulated factors."""
         B, A, rows = summed
-        return replace(self, B=B * scale, A=(A / rows).to(self.A.dtype), rows=float(rows))
+        return replace(self, B=B * scale, A=(A / rows).to(self.A.dtype), rows=_numbers(rows))
 
     # ------------------------------------------------------------------ functions of the matrix
 
@@ -401,9 +445,17 @@ class Kronecker(MatrixBlock):
 
     def state_dict(self) -> dict:
         """Return tensors, numbers and strings that `from_state_dict` makes a block of."""
-        return {"kind": "Kronecker", **self._tensors(), **self._layout(), "rows": self.rows}
+        rows = list(self.rows) if isinstance(self.rows, tuple) else self.rows
+        return {"kind": "Kronecker", **self._tensors(), **self._layout(), "rows": rows}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> Kronecker:
         """Make a block of what `state_dict` returned."""
-        return cls(state["B"], state["A"], **layout_of(state), rows=state["rows"])
+        rows = tuple(state["rows"]) if isinstance(state["rows"], list) else state["rows"]
+        return cls(state["B"], state["A"], **layout_of(state), rows=rows)
+
+
+def _numbers(rows: Tensor) -> float | tuple[float, ...]:
+    """Return one number, or one per group where they differ."""
+    found = tuple(rows.flatten().tolist())
+    return found[0] if len(set(found)) == 1 else found

@@ -9,16 +9,20 @@ from curvature import Axes
 
 
 class KernelLinear(nn.Module):
-    """An affine layer that stores its matrix transposed, under names of its own."""
+    """An affine layer with an equalised learning rate: its matrix is a multiple of what it stores.
+
+    It stores the matrix transposed, under names of its own.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.kernel = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.kernel = nn.Parameter(torch.randn(inputs, outputs))
         self.offset = nn.Parameter(torch.zeros(outputs))
+        self.gain = inputs**-0.5
 
     def forward(self, x):
         """Map ``[N, ..., inputs]`` to ``[N, ..., outputs]``."""
-        return x @ self.kernel + self.offset
+        return x @ (self.gain * self.kernel) + self.offset
 
 
 class KernelLinearRule(Rule):
@@ -27,8 +31,8 @@ class KernelLinearRule(Rule):
     weight, bias = "kernel", "offset"  # what the layer calls its matrix and its bias
 
     def inputs(self, site):
-        """Return the input as ``[n, s, i]``: data, shared positions, features."""
-        return site.rows(site.input(), features=1)
+        """Return what the kernel is multiplied with, ``[n, s, i]``: data, shared positions, features."""
+        return site.module.gain * site.rows(site.input(), features=1)
 
     def cotangents(self, site, g):
         """Return vectors ``[v, *output.shape]`` at the output as ``[v, n, s, o]``."""
@@ -63,6 +67,6 @@ with backpack(KFAC(fisher="exact")):
     loss_fn(model(X), y).backward()
 J, q = vmap(jacrev(model[1:]))(model[0](X)), model(X).softmax(dim=1)
 H = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]  # Hessian of the cross-entropy
-(B, A), B_autograd, A_input = kernel.kfac, (J.mT @ H @ J).mean(0), X.T @ X / len(X)
+(B, A), B_autograd, A_input = kernel.kfac, (J.mT @ H @ J).mean(0), X.T @ X / 5 / len(X)
 same = torch.allclose(B, B_autograd, atol=1e-6) and torch.allclose(A, A_input, atol=1e-6)
 print(f"{kernel.kfac} agrees with autograd: {same}")

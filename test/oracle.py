@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *CONVS, *TRANSPOSED)
+# Other people's layers, by name, since this file does not import their packages: like nn.Linear, and
+# those that compute `x @ W + b`.
+OTHER_LINEAR = ("torch_geometric.nn.dense.linear.Linear",)
+SWAPPED_LINEAR = ("transformers.pytorch_utils.Conv1D",)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -181,12 +185,30 @@ def layer_calls(problem: Problem) -> tuple[list[Call], Tensor]:
     def hook(name: str):
         return lambda *args: record(name, *args)
 
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
+    layers = [(name, m) for name, m in model.named_modules() if is_layer(m)]
     handles = [m.register_forward_hook(hook(name)) for name, m in layers]
     logits = replace(problem, model=model).forward()
     for handle in handles:
         handle.remove()
     return calls, logits
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is affine in its weight."""
+    return isinstance(module, LAYERS) or _is_linear(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    named = _name(module) in OTHER_LINEAR or _is_swapped_linear(module)
+    return isinstance(module, nn.Linear) or named
+
+
+def _is_swapped_linear(module: nn.Module) -> bool:
+    return _name(module) in SWAPPED_LINEAR
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _groups(module: nn.Module) -> int:
@@ -197,9 +219,10 @@ def normal_weight(module: nn.Module, weight: Tensor) -> Tensor:
     """A tensor shaped like the module's weight in normal form, `[G, o, i]`.
 
     Linear `[o, i]`; Conv `[G o, C_in / G, *k]`, i = (C_in / G, *k); ConvTranspose
-    `[C_in, C_out / G, *k]`, o = C_out / G, i = (C_in / G, *k); Embedding `[V, d]`, o = d, i = V.
+    `[C_in, C_out / G, *k]`, o = C_out / G, i = (C_in / G, *k); Embedding `[V, d]`, o = d, i = V;
+    a swapped Linear `[i, o]`.
     """
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) or _is_swapped_linear(module):
         return weight.T[None]
     if isinstance(module, TRANSPOSED):
         return weight.unflatten(0, (_groups(module), -1)).transpose(1, 2).flatten(2)
@@ -212,7 +235,7 @@ def normal_outputs(module: nn.Module, z: Tensor) -> Tensor:
     R is the leading axis. S: the axes between R and the features of Linear and Embedding, the
     spatial axes of Conv, row-major.
     """
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, nn.Embedding) or _is_linear(module):
         return z.reshape(1, z.shape[0], -1, z.shape[-1])
     return z.flatten(2).unflatten(1, (_groups(module), -1)).movedim(1, 0).transpose(2, 3)
 
@@ -252,12 +275,26 @@ def normal_form(problem: Problem, name: str) -> tuple[Tensor, Tensor]:
     Returns:
         `a [G, N, S, i]` and `J [G, N, D, S, o]`.
     """
+    return normal_forms(problem, [name])[name]
+
+
+def normal_forms(problem: Problem, names: list[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """`normal_form` of several layers, by default of all, from one Jacobian."""
     calls, logits = layer_calls(problem)
-    layer = next(call.module for call in calls if call.name == name)
-    calls = [call for call in calls if _same_weight(call.module, layer)]
+    named = {call.name: call.module for call in calls if names is None or call.name in names}
+    calls = [c for c in calls if any(_same_weight(c.module, layer) for layer in named.values())]
+    jacobians = _jacobian(logits.flatten(), [call.z for call in calls])
+    pairs = list(zip(calls, jacobians, strict=True))
+    return {
+        name: _join_calls([(c, J) for c, J in pairs if _same_weight(c.module, layer)], problem)
+        for name, layer in named.items()
+    }
+
+
+def _join_calls(pairs: list[tuple[Call, Tensor]], problem: Problem) -> tuple[Tensor, Tensor]:
     n = problem.batch_size
     inputs, outputs = [], []
-    for call, J in zip(calls, _jacobian(logits.flatten(), [c.z for c in calls]), strict=True):
+    for call, J in pairs:
         a = normal_inputs(call.module, call.x)
         inputs.append(a.reshape(a.shape[0], n, -1, a.shape[-1]))
         J = torch.stack([normal_outputs(call.module, row) for row in J], dim=1)  # [G, N D, R, S, o]
@@ -292,7 +329,13 @@ def kfac_factors(
     Returns:
         `B [G, o, o]` and `A [G, i, i]`, without the group axis where G = 1.
     """
-    a, J = normal_form(problem, name)
+    return factors_of(*normal_form(problem, name), output_hessian(problem), approx, bias)
+
+
+def factors_of(
+    a: Tensor, J: Tensor, H: Tensor, approx: str, bias: str = "separate"
+) -> tuple[Tensor, Tensor]:
+    """`kfac_factors` of a `normal_form` and the `output_hessian`."""
     if approx == "reduce":
         a, J = a.mean(2, keepdim=True), J.sum(3, keepdim=True)
     elif approx != "expand":
@@ -300,7 +343,7 @@ def kfac_factors(
     if bias == "joint":
         a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
     A = torch.einsum("gnsi,gnsj->gij", a, a) / (a.shape[1] * a.shape[2])
-    B = torch.einsum("gndso,nde,gnesp->gop", J, output_hessian(problem), J)
+    B = torch.einsum("gndso,nde,gnesp->gop", J, H, J)
     return (B[0], A[0]) if len(A) == 1 else (B, A)
 
 

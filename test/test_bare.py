@@ -7,6 +7,7 @@ import torch
 from oracle import close
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from backpack_ext import KFAC, BatchGrad, BatchL2Grad, DiagGGN, UnsupportedError, backpack, extend
 from curvature import DenseBlock, DiagonalBlock, Kronecker
@@ -121,6 +122,47 @@ class Bilinear(nn.Module):
         return self.inner(x, x.flip(1))
 
 
+class FromMask(nn.Embedding):
+    """As OPT has it: its argument is no token."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward(mask.cumsum(1).long() - 1)
+
+
+class Whole(nn.Embedding):
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class Lookups(nn.Module):
+    """Embeddings with forwards of their own, and one that is looked up for all data together."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.more = FromMask(5, 8), Whole(5, 8)
+        self.relative = nn.Embedding(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions(torch.ones_like(x[..., 0])) + self.more()
+        q = x.unflatten(2, (2, 4)).transpose(1, 2)
+        index = torch.arange(5)
+        bias = self.relative(index - index[:, None] + 4).permute(2, 0, 1).unsqueeze(0)  # as T5 has it
+        return ((q @ q.mT + bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+
+class TiedLookups(Lookups):
+    """A weight with a role that a rule covers, and one that none does."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied = nn.Linear(2, 9)
+        self.tied.weight = self.relative.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.tied(x[..., :2])[..., 1:]
+
+
 class Centred(nn.Module):
     """Couples the data before the parameter's gradient is complete."""
 
@@ -154,7 +196,11 @@ BODIES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "bilinear": lambda: (Bilinear(), 4),
     "custom function": lambda: (WithCustom(), 8),
     "used by hand": lambda: (Tied(), 8),
+    "lookups": lambda: (Lookups(), 8),
+    "tied lookups": lambda: (TiedLookups(), 8),
 }
+# bodies that consist of matrix products only: their blocks have Kronecker factors (test_products.py)
+PRODUCTS = ("attention", "used by hand", "RNN", "GRU", "LSTM", "RNN cell", "GRU cell", "LSTM cell")
 every = pytest.mark.parametrize("name", BODIES)
 
 
@@ -208,6 +254,56 @@ def test_per_sample_gradients(name: str, N: int):
         close(p.batch_l2, G[key].reshape(N, -1).square().sum(1))
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_lookups_that_lead_with_as_many_rows_as_data(checked: bool):
+    """Relative positions `[5, 5]` and five data: found out by the check, and remembered."""
+    model, x, y = build("lookups", N=5)
+    G = per_sample(model, x, y)
+    run(model, x, y, BatchGrad(), DiagGGN(), check_layers=checked)
+    if checked:
+        run_again = extend(nn.CrossEntropyLoss())
+        with backpack(BatchGrad(), KFAC()):
+            run_again(model(x), y).backward()
+        assert isinstance(model.body.relative.weight.kfac, DenseBlock)
+    same = [torch.allclose(p.grad_batch, G[key]) for key, p in model.named_parameters()]
+    assert all(same) == checked
+
+
+def test_some_gradients_only():
+    """`backward(inputs=...)` computes no other gradients, but all per-sample ones are there."""
+    model, x, y = build("tokens")
+    G = per_sample(model, x, y)
+    extend(model)
+    with backpack(BatchGrad()):
+        extend(nn.CrossEntropyLoss())(model(x), y).backward(inputs=[model.body.scale])
+    close(model.body.scale.grad_batch, G["body.scale"])
+    assert model.head.weight.grad is None
+
+
+class Checkpointed(nn.Module):
+    """Any module, whose activations are recomputed."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("name", ["tokens", "functional", "attention", "weight norm", "used by hand"])
+def test_activation_checkpointing(name: str):
+    """Each recomputed tensor may be asked for once per backward pass."""
+    model, x, y = build(name)
+    G, blocks = per_sample(model, x, y), ggn(model, x)
+    names = list(dict(model.named_parameters()))
+    model.body = Checkpointed(model.body)
+    run(model, x, y, BatchGrad(), DiagGGN(), KFAC(fisher="mc"))
+    for key, p in zip(names, model.parameters(), strict=True):
+        close(p.grad_batch, G[key])
+        close(p.diag_ggn_exact.flatten(), blocks[key].diagonal())
+
+
 @every
 def test_curvature(name: str):
     """Exact columns go vectorised or one by one; both ways lead through the cuts."""
@@ -216,7 +312,7 @@ def test_curvature(name: str):
     exts = KFAC(fisher="exact"), DiagGGN(), KFAC(fisher="exact", norm="diagonal", savefield="d")
     run(model, x, y, *exts)
     bare = [k for k, p in model.named_parameters() if isinstance(p.kfac, DenseBlock)]
-    assert bare
+    assert bare or name in PRODUCTS
     for key, p in model.named_parameters():
         close(p.diag_ggn_exact.flatten(), blocks[key].diagonal())
         if key in bare:
@@ -333,10 +429,10 @@ def test_frozen_parameters_cost_nothing():
 
 def test_large_blocks_are_refused():
     model, x, y = build("functional")
-    with pytest.raises(UnsupportedError, match=r"block of body\.\w+ \(Functional\) would be \d+ x"):
+    with pytest.raises(UnsupportedError, match=r"block of body\.conv \(Functional\) would be 75 x"):
         run(model, x, y, KFAC(fisher="exact", max_dim=30))
     run(model, x, y, KFAC(fisher="exact", max_dim=30, oversize="diagonal"))
-    assert isinstance(model.body.kernel.kfac, DiagonalBlock)
+    assert isinstance(model.body.conv.kfac, DiagonalBlock)
     assert isinstance(model.head.weight.kfac, Kronecker)
 
 

@@ -403,6 +403,34 @@ def test_a_wrong_rule_is_found():
         run(problem, BatchGrad())
 
 
+class ChannelsFirst(nn.LayerNorm):
+    """As ConvNeXts have it: `[N, C, H, W]`, the channels normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("pixels", [1, 3])
+def test_a_layer_norm_of_another_layout(pixels: int):
+    """The rule of its base class does not fit; autograd carries one datum at a time instead."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, C, 3, padding=1),
+        nn.AdaptiveAvgPool2d(pixels),
+        ChannelsFirst(C),
+        nn.Flatten(),
+        nn.Linear(C * pixels**2, 3),
+    )
+    loss_fn, y = nn.CrossEntropyLoss(), torch.randint(3, (N,))
+    problem = Problem(model, (torch.randn(N, 2, 6, 6),), loss_fn, y).to(torch.float64)
+    blocks, G = ggn_blocks(problem), per_sample_grads(problem)
+    run(problem, KFAC(fisher="exact"), BatchGrad())
+    for key in ("2.weight", "2.bias"):
+        p = problem.model.get_parameter(key)
+        close(p.grad_batch, G[key])
+        close(p.kfac.to_dense(), blocks[key])
+
+
 @pytest.mark.parametrize("name", ["vit_params", "char_gpt"])
 def test_transformers_of_the_zoo(name: str):
     problem = run(CASES[name](reduction="mean"), BatchGrad())

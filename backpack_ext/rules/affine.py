@@ -109,6 +109,15 @@ class EmbeddingRule(Rule):
 
     bias = None
 
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
+        """Return what is wrong if the first argument cannot be the tokens (a mask, say)."""
+        if x.shape == output.shape[:-1] and not (x.is_floating_point() or x.dtype == torch.bool):
+            return None
+        return (
+            f"its first argument, {x.dtype} of shape {tuple(x.shape)}, is not what it looks up for an "
+            f"output of shape {tuple(output.shape)}"
+        )
+
     def inputs(self, site: Site) -> OneHot:
         """Return the token indices ``[n,s]`` as one-hot inputs."""
         m = site.module

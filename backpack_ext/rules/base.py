@@ -39,9 +39,19 @@ class Rule(ABC):
     bias: str | None = "bias"
     # Whether W is diagonal, one weight per feature: see `ElementwiseRule`.
     elementwise: bool = False
+    # Whether its calls are found in the graph instead of recorded by a module's hook.
+    in_graph: bool = False
 
     def note(self, module: nn.Module) -> Any:
         """Return what else the forward pass depends on and may change until the backward."""
+        return None
+
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
+        """Return why a call cannot be that of the layer, if its first argument's shape says so.
+
+        A subclass may have a forward of its own. Where it shows, the call's parameters are treated
+        as those of a module without a rule.
+        """
         return None
 
     def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -32,7 +32,7 @@ class ElementwiseRule(Rule):
         ...     def forward(self, x):
         ...         return self.scale * x / x.square().mean(-1, keepdim=True).sqrt()
         >>> @register_rule(RMSNorm)
-        ... class RMSNormRule(ElementwiseRule):
+        ... class RMSNormRule(_LastAxesNormRule):
         ...     weight, bias = "scale", None
         ...     def normalized(self, site, x):
         ...         return x / x.square().mean(-1, keepdim=True).sqrt()
@@ -71,7 +71,18 @@ class ElementwiseRule(Rule):
         return t
 
 
-class LayerNormRule(ElementwiseRule):
+class _LastAxesNormRule(ElementwiseRule):
+    """Norms over the last axes."""
+
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
+        """Return what is wrong if the last axes are not the features."""
+        shape = tuple(module.normalized_shape)
+        if x.shape[-len(shape) :] == shape:
+            return None
+        return f"its input of shape {tuple(x.shape)} does not end with its features {shape}"
+
+
+class LayerNormRule(_LastAxesNormRule):
     """``nn.LayerNorm``."""
 
     def normalized(self, site: Site, x: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ class LayerNormRule(ElementwiseRule):
         return F.layer_norm(x, site.module.normalized_shape, eps=site.module.eps)
 
 
-class RMSNormRule(ElementwiseRule):
+class RMSNormRule(_LastAxesNormRule):
     """``nn.RMSNorm``."""
 
     bias = None

@@ -1,0 +1,41 @@
+"""Calling operations of a graph, and reading what they saved, without using it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+_START = torch.zeros((), requires_grad=True)
+
+
+class _Run(torch.autograd.Function):
+    """An operation whose backward runs something else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, run: Callable[[], T], results: list[T]) -> Tensor:
+        ctx.run, ctx.results = run, results
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        ctx.results.append(ctx.run())
+        return None, None, None
+
+
+def in_a_pass_of_its_own(run: Callable[[], T]) -> T:
+    """Call a function from within a nested backward pass, and return its result.
+
+    Activation checkpointing hands out each recomputed tensor once per backward pass: operations that
+    we call, or saved tensors that we read, would use up what the main one has yet to ask for. And in
+    a pass that was asked for some gradients, ``backward(inputs=...)``, operations compute no others,
+    even if we call them.
+    """
+    results: list[T] = []
+    with torch.enable_grad():
+        _Run.apply(_START, run, results).backward()
+    return results[0]
