@@ -32,10 +32,10 @@ from backpack_ext.graph import Capture, Reach, sites_at, without_upstream
 from backpack_ext.losses import Layout
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.product_layers import Found, product_sites
-from backpack_ext.products import SELECTIONS, Product, Route, below, find_product
+from backpack_ext.products import PRODUCTS, SELECTIONS, Product, Route, below, find_product
 from backpack_ext.reading import Reading
 from backpack_ext.rules.elementwise import ElementwiseRule
-from backpack_ext.site import Site, roots
+from backpack_ext.site import NoChecks, Site, roots
 from backpack_ext.sweep import silent
 
 # Entries of the masked cotangents that are formed at once.
@@ -97,10 +97,13 @@ def add_bare(
         id(p) for site in reach.sites if site.error is None for p in site.parameters.values()
     )
     wanted = [p for key, p in reach.parameters.items() if reach.uses[key] > calls[key]]
-    if not wanted or not reach.sites:
+    some = next(iter(reach.sites), None)
+    if not wanted or (some is None and reach.whole is None):
         return
-    some = next(iter(reach.sites))
-    N, checked = some.batch, type(some.checks) is dict
+    if some is None:
+        N, axis, checked = reach.whole
+    else:
+        N, axis, checked = some.batch, some.batch_axis, type(some.checks) is dict
     if not N:
         return
     probe = _Probe(start, layout, like) if checked and layout is not None and not reach.coupled else None
@@ -110,7 +113,7 @@ def add_bare(
         if p not in _known:
             _known[p] = _Known(*_owner(p), {}, {})
         known, leaf = _known[p], get_gradient_edge(p)
-        cuts = _cuts(leaf.node, p, readers, some, known.readings, probe)
+        cuts = _cuts(leaf.node, p, readers, N, axis, known.readings, probe)
         if cuts is None:
             continue
         if calls[id(p)]:
@@ -119,9 +122,9 @@ def add_bare(
             find_product(edge.node, edge.output_nr, reading, route, p, known.readings)
             for edge, reading, route in cuts
         ]
-        checks = known.checks if checked else some.checks
+        checks = known.checks if checked else NoChecks()
         found[id(p)] = Found(p, known.module, known.name, checks, cuts, products, known.readings)
-    layers = product_sites(list(found.values()), readers, N, some.batch_axis, made)
+    layers = product_sites(list(found.values()), readers, N, axis, made)
     outermost = without_upstream(start.node, {edge.node for edge in layers.values()})
     for site, edge in layers.items():
         reach.sites[site] = [Capture(edge)]
@@ -133,7 +136,7 @@ def add_bare(
             continue
         site = made.get((key,))
         if site is None:
-            arguments = (f.module, f.name, BARE, {"parameter": f.p}, f.p, N, some.batch_axis)
+            arguments = (f.module, f.name, BARE, {"parameter": f.p}, f.p, N, axis)
             site = made[(key,)] = Site(*arguments, f.p, f.checks)
             site.broadcast = True
         reach.sites[site] = [
@@ -191,7 +194,8 @@ def _cuts(
     leaf: Node,
     p: nn.Parameter,
     readers: dict[tuple[Node, int], list[Node]],
-    site: Site,
+    N: int,
+    axis: int,
     known: dict[tuple, Reading | None],
     probe: _Probe | None,
 ) -> list[tuple[GradientEdge, Reading, Route]] | None:
@@ -201,14 +205,14 @@ def _cuts(
         leaf: The parameter's node.
         p: The parameter.
         readers: The graph, downwards.
-        site: Any Site: its batch size and axis.
+        N: Number of data.
+        axis: Where layers have their data.
         known: Readings that were tried before; grows.
         probe: Sends vectors of some of the data; None if they cannot be told apart.
 
     Returns:
         None if some way has none.
     """
-    N = site.batch
     inside: set[tuple[Node, int]] = {(leaf, 0)}  # outputs between the parameter and the cuts
     cuts: dict[tuple[Node, int], Reading] = {}
     level = [(leaf, 0, tuple(p.shape))]
@@ -232,7 +236,7 @@ def _cuts(
         # what only rearranges the parameter has no data yet, whatever its sizes
         moved = {output for output in found if output[0].name() in SELECTIONS}
         others = {output: inner for output, inner in found.items() if output not in moved}
-        readings = _readings(others, depth, N, site.batch_axis, known, probe)
+        readings = _readings(others, depth, N, axis, known, probe)
         readings.update(dict.fromkeys(moved))
         level = []
         for (reader, k), reading in readings.items():
@@ -264,6 +268,8 @@ def _readings(
     """
     shapes = {output: tuple(output[0]._input_metadata[output[1]].shape) for output in found}
     if probe is None:
+        # the rows of a product are those of its other factor
+        found = {output: () if output[0].name() in PRODUCTS else s for output, s in found.items()}
         return {output: _guess(inner, shapes[output], N, axis) for output, inner in found.items()}
     keys = {
         (reader, k): (depth, reader.name(), k, inner, shapes[reader, k], N, axis)

@@ -173,7 +173,7 @@ class BackwardPass(Receiver):
         if call.z.numel() == 0:
             raise empty_batch(call.label)
         layout = None
-        if reach.sites and call.z.shape[:1].numel() % batch == 0:
+        if (reach.sites or reach.whole) and call.z.shape[:1].numel() % batch == 0:
             layout = call.layout(batch)
         with self._quiet(call.z.device.type):
             add_bare(reach, call.start, layout, call.z, self.bare)
@@ -206,8 +206,9 @@ class BackwardPass(Receiver):
         # hooks on tensors know the node but not which of its outputs; only the first is checked
         layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
         batch = self._batch("the model's output", reach)
-        if reach.sites and first and grad.dim() and grad.shape[0] % batch == 0:
-            axis = next(iter(reach.sites)).batch_axis
+        known = next(iter(reach.sites), reach.whole)
+        if known is not None and first and grad.dim() and grad.shape[0] % batch == 0:
+            axis = known.batch_axis
             layout = Layout(grad.shape, batch, min(axis, 1), None)
         with self._quiet(grad.device.type):
             add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
@@ -268,7 +269,7 @@ class BackwardPass(Receiver):
                 "extend the whole model, not its parts, and call the whole model, with a tensor. If "
                 "another argument counts the data, name it: extend(model, batch_argument=NAME)."
             )
-        batch = next(iter(batches), 1)
+        batch = next(iter(batches), 1 if reach.whole is None else reach.whole.batch)
         if batch == 0:
             raise empty_batch(start)
         return batch

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from backpack_ext.context import recording
 from backpack_ext.engine import on_loss, on_model_output
 from backpack_ext.errors import RecordingError
-from backpack_ext.graph import anchor_of, tag
+from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.losses import LossCall, is_loss
 from backpack_ext.rules.base import look_up
-from backpack_ext.site import Site, roots
+from backpack_ext.site import NoChecks, Site, roots
 
 
 class _Running(NamedTuple):
@@ -102,7 +102,8 @@ def extend(
             LossHook(axis).attach(sub)
             continue
         if sub is module or any(True for _ in sub.children()):
-            RootHook(axis, sub is module, batch_argument if sub is module else None).attach(sub)
+            argument = batch_argument if sub is module else None
+            RootHook(axis, sub is module, argument, check_layers).attach(sub)
         if look_up(type(sub))[0] is not None or any(True for _ in sub.parameters(recurse=False)):
             SiteHook(path, axis, check_layers).attach(sub)
         if isinstance(sub, nn.RNNBase):
@@ -170,10 +171,12 @@ class RootHook(Hook):
         top: Whether `extend` was called on this module itself; it begins a pass of its own wherever
             it is called. Other containers do so only when they are called on their own.
         argument: Name of the argument that counts the data; the first that has a tensor by default.
+        checked: Whether readings are to be checked.
     """
 
-    def __init__(self, batch_axis: int, top: bool, argument: str | None):
+    def __init__(self, batch_axis: int, top: bool, argument: str | None, checked: bool):
         self.batch_axis, self.top, self.argument = batch_axis, top, argument
+        self.checked = checked
 
     def attach(self, module: nn.Module) -> None:
         """Register before and after the module's forward; after also when it raises."""
@@ -206,10 +209,14 @@ class RootHook(Hook):
         stack = _forward.stack
         if not stack or stack[-1].module is not module:
             return
-        if stack.pop().recording and torch.is_grad_enabled():
+        running = stack.pop()
+        if running.recording and torch.is_grad_enabled():
             for t in _tensors(output):
                 if t.grad_fn is not None:
-                    (t._base if _has_graph_base(t) else t).register_hook(on_model_output)
+                    t = t._base if _has_graph_base(t) else t
+                    t.register_hook(on_model_output)
+                    if running.batch is not None:
+                        tag_whole(t.grad_fn, Whole(running.batch, self.batch_axis, self.checked))
 
 
 class SiteHook(Hook):
@@ -219,7 +226,7 @@ class SiteHook(Hook):
 
     def __init__(self, name: str, batch_axis: int, check_layers: bool):
         self.name, self.batch_axis = name, batch_axis
-        self.checks = {} if check_layers else _NoChecks()
+        self.checks = {} if check_layers else NoChecks()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Record the call, if its parameters are trained and something may ask for it."""
@@ -282,13 +289,6 @@ class SiteHook(Hook):
                 "extend(model, batch_argument=NAME)."
             )
         return running
-
-
-class _NoChecks(dict):
-    """Says of every reading that it needs no check."""
-
-    def get(self, key, default=None) -> int:
-        return 0
 
 
 class UnfusedHook(Hook):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from backpack_ext.site import Site
 
 # Key under which a node's metadata lists the Sites whose output the node produced.
 TAG = "backpack_ext.sites"
+
+# Key under which the metadata of a model's output says how its data are laid out.
+WHOLE = "backpack_ext.whole"
 
 # Nodes that pass a cotangent on unchanged (up to a factor), summed over axes that were broadcast.
 _SUMS = ("AddBackward0", "SubBackward0")
@@ -34,6 +38,20 @@ class Capture:
     vectors: Callable[[Node, int, Tensor], Tensor] | None = None
 
 
+class Whole(NamedTuple):
+    """What the call of a whole model says: needed where no call of a layer was recorded.
+
+    Args:
+        batch: Number of data N.
+        batch_axis: Axis that counts them.
+        checked: Whether readings are to be checked.
+    """
+
+    batch: int
+    batch_axis: int
+    checked: bool
+
+
 @dataclass(eq=False)
 class Reach:
     """What the graph behind a tensor consists of.
@@ -46,6 +64,7 @@ class Reach:
         uses: How many nodes read each leaf parameter, by id.
         coupled: Names of nodes that couple samples (training-mode batch norm).
         nodes: All nodes that were visited.
+        whole: What the model's call said.
     """
 
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
@@ -54,6 +73,7 @@ class Reach:
     uses: dict[int, int] = field(default_factory=dict)
     coupled: list[str] = field(default_factory=list)
     nodes: Collection[Node] = ()
+    whole: Whole | None = None
 
 
 # Types of nodes that were tagged: reading the metadata of a node makes a dict for it.
@@ -64,6 +84,12 @@ def tag(node: Node, site: Site) -> None:
     """Mark a node as the producer of a Site's output."""
     _tagged.add(type(node))
     node.metadata.setdefault(TAG, []).append(site)
+
+
+def tag_whole(node: Node, whole: Whole) -> None:
+    """Mark a node as the producer of a model's output."""
+    _tagged.add(type(node))
+    node.metadata[WHOLE] = whole
 
 
 def walk(start: Node) -> Reach:
@@ -111,7 +137,12 @@ def walk(start: Node) -> Reach:
                     consumers[child].append((node, index))
                     if node.name() in _SUMS or node.name() in _RESHAPES:
                         consumers.setdefault(node, [])
-        sites = node.metadata.get(TAG) if type(node) in _tagged else None
+        sites = None
+        if type(node) in _tagged:
+            metadata = node.metadata
+            sites = metadata.get(TAG)
+            if WHOLE in metadata:
+                reach.whole = metadata[WHOLE]
         if sites:
             for site in sites:
                 edge = GradientEdge(node, site.output_nr)

@@ -42,6 +42,8 @@ class Receiver:
     """
 
     active: Receiver | None = None
+    # Whether absolute values go from where vectors are taken to a parameter outside of layers.
+    absolute = False
 
     def __init__(self, sites: dict[Site, list[Capture]]):
         self.sites = sites
@@ -110,6 +112,7 @@ class Tap:
         if g is not None and receiver is not None and self.site in receiver.sites:
             g = g.unsqueeze(0)
             if self.vectors is not None:
+                g = g.abs() if receiver.absolute else g
                 with silent():
                     g = self.vectors(torch._C._current_autograd_node(), self.output_nr, g)
             receiver.receive(self.site, self.factor, g)
@@ -160,8 +163,11 @@ def stream(
     seed: Tensor,
     deliver: Deliver,
     parameters: Sequence[Tensor] = (),
+    absolute: bool = False,
 ) -> Sequence[Tensor | None]:
     """Send one column; each Site's vector is consumed as it arrives.
+
+    With ``absolute``, parameters outside of layers get what absolute values send them.
 
     Returns:
         The column's gradients of ``parameters``.
@@ -170,6 +176,7 @@ def stream(
         RecordingError: If a Site is reached without its vector arriving.
     """
     receiver = _SweepReceiver(reach.sites, deliver)
+    receiver.absolute = absolute
     outer, Receiver.active = Receiver.active, receiver
     try:
         with SuspendBackpack():

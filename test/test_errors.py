@@ -105,7 +105,7 @@ def test_training_mode_batch_norm(ext):
 
 
 def test_uncovered_parameters_are_named():
-    """A model without any layer: nothing says how many data there are."""
+    """A model without any layer, called without a tensor: nothing says how many data there are."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -113,10 +113,10 @@ def test_uncovered_parameters_are_named():
             self.token, self.slope, self.unused = nn.Parameter(torch.ones(3)), nn.PReLU(), nn.PReLU(9)
 
         def forward(self, x):
-            return self.slope(x * self.token)
+            return self.slope(torch.from_numpy(x) * self.token)
 
     model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
-    x, y = torch.randn(6, 3), torch.randint(0, 3, (6,))
+    x, y = torch.randn(6, 3).numpy(), torch.randint(0, 3, (6,))
     with pytest.raises(UnsupportedError) as error, backpack(KFAC()):
         loss_fn(model(x), y).backward()
     for part in ("token of Net", "slope.weight of PReLU", "register_rule"):

@@ -612,3 +612,32 @@ def test_groups_are_checked():
     M = KroneckerEigen.of_groups([K.eigh(), (2.0 * K).eigh()], axes)
     close(M.to_dense(), torch.block_diag(torch.eye(6), 2 * torch.eye(6)))
     close(M.group(1).to_dense(), 2 * torch.eye(6))
+
+
+def test_a_model_without_a_ruled_layer():
+    """Its call says how many data there are."""
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v, self.c = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.zeros(8))
+            self.w, self.b = nn.Parameter(torch.randn(C, 8)), nn.Parameter(torch.zeros(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear((F.linear(x, self.v) + self.c).tanh().mean(1), self.w, self.b)
+
+    torch.manual_seed(0)
+    model, x, target = Bare().double(), torch.randn(4, 5, 6).double(), torch.randint(C, (4,))
+    exact = ggn_blocks(model, x)
+    losses = F.cross_entropy(model(x), target, reduction="none")
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    run(model, (x,), target, BatchGrad(), DiagGGN(), KFAC("reduce", "exact"))
+    for (key, p), column in zip(model.named_parameters(), zip(*rows, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(column))
+        close(p.diag_ggn_exact.flatten(), exact[key].diagonal())
+        assert isinstance(p.kfac, Kronecker)
+    close(model.c.kfac.to_dense(), exact["c"])
+    extend(model, check_layers=False)
+    with backpack(BatchGrad()):  # without a loss module
+        F.cross_entropy(model(x), target, reduction="sum").backward()
+    close(model.v.grad_batch, torch.stack([row[0] for row in rows]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from backpack_ext import (
     KFAC,
@@ -298,3 +299,65 @@ def test_dead_layers_are_not_checked_for_ever(check_passes):
         with backpack(KFAC()):
             loss_fn(model(torch.randn(4, 3)), torch.randn(4, 2)).backward()
     assert len(check_passes) == TRIES * 5
+
+
+@pytest.mark.parametrize("ext", [BatchGrad(), KFAC(fisher="exact", savefield="grad_batch")])
+def test_parameter_without_a_rule_inside_of_a_checkpoint(ext):
+    """A checkpoint hands out what it recomputed once per pass; here it is wanted twice."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.p, self.checkpoint = nn.Linear(3, 3), nn.Parameter(torch.randn(3)), True
+
+        def inner(self, x):
+            return torch.tanh(self.lin(x) * self.p.exp()) * self.p
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) if self.checkpoint else self.inner(x)
+
+    model, loss_fn = extend(nn.Sequential(nn.Linear(3, 3), Scaled(), nn.Linear(3, 2))), nn.MSELoss()
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    found = []
+    for model[1].checkpoint in (True, False):
+        model.zero_grad()
+        with backpack(ext):
+            extend(loss_fn)(model(x), y).backward()
+        result = model[1].p.grad_batch
+        found.append(result if isinstance(result, torch.Tensor) else result.to_dense())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_each_datum_that_cancel_pass_the_check(dtype):
+    """What scales the input of a norm has gradient zero up to rounding, for each datum."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor(1.3))
+
+        def forward(self, x):
+            return x * self.p
+
+    model = nn.Sequential(nn.Linear(3, 4), Scaled(), nn.RMSNorm(4, eps=0.0), nn.Linear(4, 2)).to(dtype)
+    model, loss_fn = extend(model), extend(nn.MSELoss())
+    for x in torch.randn(5, 6, 5, 3, dtype=dtype):
+        with backpack(BatchGrad()):
+            loss_fn(model(x), torch.zeros(6, 5, 2, dtype=dtype)).backward()
+        bound = 1e3 * torch.finfo(dtype).eps * model[2].weight.grad_batch.abs().max()
+        assert model[1].p.grad_batch.abs().max() < bound
+
+
+def test_check_still_finds_a_scale_in_front_of_a_norm_that_is_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(3, 3), nn.LayerNorm(3)
+
+        def forward(self, x):
+            return self.norm(self.linear(x) * self.norm.weight)
+
+    model, loss_fn = extend(nn.Sequential(Twice(), nn.Linear(3, 2))), extend(nn.MSELoss())
+    with pytest.raises(UnsupportedError, match="also used outside of recorded"), backpack(BatchGrad()):
+        loss_fn(model(torch.randn(6, 3)), torch.zeros(6, 2)).backward()
