@@ -49,11 +49,18 @@ class Pending:
     def take_shared(self):
         """Return the waiting calls, those of one layer together, and forget them."""
         layers: dict[tuple, tuple[list[Site], list[Tensor]]] = {}
-        for site, g in self.shared:
+        # recorded calls first: an extension may have a rule of its own for their module
+        for site, g in sorted(self.shared, key=_in_graph):
             roles = (*site.parameters, *map(id, site.parameters.values()))
             parts = tuple(site.parts.items())
-            sites, gs = layers.setdefault((site.rule, *roles, *parts), ([], []))
+            family = site.rule if site.rule is None else site.rule.family or site.rule
+            sites, gs = layers.setdefault((family, *roles, *parts), ([], []))
             sites.append(site)
             gs.append(g)
         self.shared = []
         return list(layers.values())
+
+
+def _in_graph(call: tuple[Site, Tensor]) -> bool:
+    rule = call[0].rule
+    return rule is not None and rule.in_graph

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from backpack_ext.reading import Reading
+from backpack_ext.rules.affine import PLAIN
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
-from curvature import Axes
+from curvature import MATRIX, Axes
 
 # The operations from a cut down to the parameter, the cut first, each after all that read it. Of each
 # operation, what it passes on: (its input, output of that input's operation, place of that operation
@@ -263,6 +264,7 @@ class ProductRule(Rule):
     in_graph = True
 
     def __init__(self, weight: Axes, groups: int):
+        self.family = PLAIN if weight == MATRIX else None
         biases = Axes("(g o) -> g o 1", (("g", groups),)) if groups > 1 else Axes("o -> 1 o 1")
         self._axes = {"weight": weight, "bias": biases}
 

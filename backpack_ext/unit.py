@@ -43,7 +43,12 @@ class Unit:
         """What tells layers apart: their rule, and their parameters' roles."""
         site = self.sites[0]
         parts = tuple(site.parts.items()) if site.parts else ()
-        return (id(self.rule), *map(id, self.parameters.values()), *self.parameters, *parts)
+        return (
+            self.rule.family or id(self.rule),
+            *map(id, self.parameters.values()),
+            *self.parameters,
+            *parts,
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -82,7 +87,7 @@ class Unit:
         """Vectors ``[g,v,n,s,o]``."""
         if self._b is None:
             calls = zip(self.sites, self.cotangents, strict=True)
-            parts = [_with_group(self.rule.cotangents(site, g), 4) for site, g in calls]
+            parts = [_with_group(_rule(site, self.rule).cotangents(site, g), 4) for site, g in calls]
             self._b = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).to(self.dtype)
         return self._b
 
@@ -116,8 +121,13 @@ class Unit:
 
 def join_inputs(sites: Sequence[Site], rule: Rule) -> Tensor | OneHot:
     """Return the inputs of all calls, ``[g,n,s,i]``, the calls concatenated along s."""
-    parts = [_with_group(rule.inputs(site), 3) for site in sites]
+    parts = [_with_group(_rule(site, rule).inputs(site), 3) for site in sites]
     return parts[0] if len(parts) == 1 else cat_inputs(parts)
+
+
+def _rule(site: Site, rule: Rule) -> Rule:
+    """Return the rule that reads a call in a layer under a rule of the same family."""
+    return site.rule if rule.in_graph or (site.rule is not None and site.rule.in_graph) else rule
 
 
 def _with_group(t, dims: int):

@@ -14,11 +14,20 @@ from backpack_ext.site import Site
 from curvature import Axes
 
 TRANSPOSED = Axes("i o -> 1 o i")
+
+# The family of rules whose weight is a plain matrix ``[o, i]``.
+PLAIN = "plain matrix"
 _KERNEL_AXES = ("x", "y", "z")
 
 
 class LinearRule(Rule):
     """``nn.Linear`` on inputs ``[N, ..., i]``: all axes between the first and last are shared."""
+
+    @property
+    def family(self) -> str | None:
+        """Plain matrices ``[o, i]``, unless a subclass lays them out in another way."""
+        plain = type(self).weight_axes is Rule.weight_axes and type(self).axes is Rule.axes
+        return PLAIN if plain else None
 
     def inputs(self, site: Site) -> Tensor:
         """Return ``a[n,s,i]``, a view of the layer's input where its layout allows."""

@@ -44,6 +44,8 @@ class Rule(ABC):
     elementwise: bool = False
     # Whether its calls are found in the graph instead of recorded by a module's hook.
     in_graph: bool = False
+    # Rules of one family read the weight as the same matrix: calls under them are calls of one layer.
+    family: str | None = None
 
     def note(self, module: nn.Module) -> Any:
         """Return what else the forward pass depends on and may change until the backward."""
