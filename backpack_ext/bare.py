@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -112,10 +112,11 @@ def add_bare(
     for p in wanted:
         if p not in _known:
             _known[p] = _Known(*_owner(p), {}, {})
-        known, leaf = _known[p], get_gradient_edge(p)
-        cuts = _cuts(leaf.node, p, readers, N, axis, known.readings, probe)
+    searches = [(_cuts(p, readers), _known[p].readings) for p in wanted]
+    for p, cuts in zip(wanted, _answered(searches, N, axis, probe), strict=True):
         if cuts is None:
             continue
+        known = _known[p]
         if calls[id(p)]:
             cuts = [cut for cut in cuts if not _recorded(cut[0].node, p, readers)]
         products = [
@@ -190,29 +191,41 @@ def _readers(nodes: Collection[Node]) -> dict[tuple[Node, int], list[Node]]:
     return found
 
 
-def _cuts(
-    leaf: Node,
-    p: nn.Parameter,
-    readers: dict[tuple[Node, int], list[Node]],
-    N: int,
-    axis: int,
-    known: dict[tuple, Reading | None],
-    probe: _Probe | None,
-) -> list[tuple[GradientEdge, Reading, Route]] | None:
-    """Return a cut on each way from a parameter to the loss.
+Output = tuple[Node, int]
+Cuts = list[tuple[GradientEdge, Reading, Route]]
+
+
+class _Question(NamedTuple):
+    """Outputs at one distance from a parameter: where in them are the data?
 
     Args:
-        leaf: The parameter's node.
+        depth: How many operations away from the parameter they are.
+        inner: The outputs, each with the shape of what it reads on the way from the parameter.
+    """
+
+    depth: int
+    inner: dict[Output, tuple[int, ...]]
+
+
+Answer = dict[Output, Reading | None]
+
+
+def _cuts(
+    p: nn.Parameter, readers: dict[Output, list[Node]]
+) -> Generator[_Question, Answer, Cuts | None]:
+    """Find a cut on each way from a parameter to the loss, level by level.
+
+    Args:
         p: The parameter.
         readers: The graph, downwards.
-        N: Number of data.
-        axis: Where layers have their data.
-        known: Readings that were tried before; grows.
-        probe: Sends vectors of some of the data; None if they cannot be told apart.
+
+    Yields:
+        What has to be known about the next level.
 
     Returns:
-        None if some way has none.
+        The cuts; None if some way has none.
     """
+    leaf = get_gradient_edge(p).node
     inside: set[tuple[Node, int]] = {(leaf, 0)}  # outputs between the parameter and the cuts
     cuts: dict[tuple[Node, int], Reading] = {}
     level = [(leaf, 0, tuple(p.shape))]
@@ -236,8 +249,9 @@ def _cuts(
         # what only rearranges the parameter has no data yet, whatever its sizes
         moved = {output for output in found if output[0].name() in SELECTIONS}
         others = {output: inner for output, inner in found.items() if output not in moved}
-        readings = _readings(others, depth, N, axis, known, probe)
-        readings.update(dict.fromkeys(moved))
+        readings = dict.fromkeys(moved)
+        if others:
+            readings.update((yield _Question(depth, others)))
         level = []
         for (reader, k), reading in readings.items():
             if reading is not None:
@@ -248,49 +262,99 @@ def _cuts(
     return None
 
 
-def _readings(
-    found: dict[tuple[Node, int], tuple[int, ...]],
-    depth: int,
+def _answered(
+    searches: Sequence[tuple[Generator[_Question, Answer, Cuts | None], dict]],
     N: int,
     axis: int,
-    known: dict[tuple, Reading | None],
     probe: _Probe | None,
-) -> dict[tuple[Node, int], Reading | None]:
-    """Return which outputs have the data apart, and where; None where they have not.
+) -> list[Cuts | None]:
+    """Run searches side by side: what several ask at a time is tried in the same passes.
 
     Args:
-        found: The outputs, each with the shape of what it reads on the way from the parameter.
-        depth: How many operations away from the parameter they are.
+        searches: Each with the readings that its parameter is known to have; they grow.
         N: Batch size.
         axis: Where layers have their data.
-        known: Outputs that were tried before; grows by those that told.
-        probe: As in `_cuts`; without one, sizes decide.
+        probe: Sends vectors of some of the data; None if they cannot be told apart: sizes decide.
+
+    Returns:
+        The searches' results.
     """
-    shapes = {output: tuple(output[0]._input_metadata[output[1]].shape) for output in found}
-    if probe is None:
-        # the rows of a product are those of its other factor
-        found = {output: () if output[0].name() in PRODUCTS else s for output, s in found.items()}
-        return {output: _guess(inner, shapes[output], N, axis) for output, inner in found.items()}
-    keys = {
-        (reader, k): (depth, reader.name(), k, inner, shapes[reader, k], N, axis)
-        for (reader, k), inner in found.items()
+    results: list[Cuts | None] = [None] * len(searches)
+    answers: dict[int, Answer | None] = dict.fromkeys(range(len(searches)))
+    while answers:
+        questions: dict[int, _Question] = {}
+        for k, answer in answers.items():
+            try:
+                questions[k] = searches[k][0].send(answer)
+            except StopIteration as end:
+                results[k] = end.value
+        if probe is None:
+            answers = {k: _guesses(question, N, axis) for k, question in questions.items()}
+            continue
+        tried = _tried(
+            {
+                output
+                for k, question in questions.items()
+                for output, key in _keys(question, N, axis).items()
+                if key not in searches[k][1]
+            },
+            N,
+            axis,
+            probe,
+        )
+        answers = {k: _answer(q, searches[k][1], tried, N, axis) for k, q in questions.items()}
+    return results
+
+
+def _shape(output: Output) -> tuple[int, ...]:
+    return tuple(output[0]._input_metadata[output[1]].shape)
+
+
+def _keys(question: _Question, N: int, axis: int) -> dict[Output, tuple]:
+    """Return what tells a parameter's outputs apart from pass to pass."""
+    return {
+        output: (question.depth, output[0].name(), output[1], inner, _shape(output), N, axis)
+        for output, inner in question.inner.items()
     }
-    unknown = [output for output, key in keys.items() if key not in known]
-    left = {output: _candidates(shapes[output], N, axis) for output in unknown}
-    seen = dict.fromkeys(unknown, False)
-    for chosen, arrived in probe([GradientEdge(*output) for output in unknown]) if unknown else ():
-        for output, g in zip(unknown, arrived, strict=True):
+
+
+def _guesses(question: _Question, N: int, axis: int) -> Answer:
+    """Answer by sizes alone."""
+    # the rows of a product are those of its other factor
+    return {
+        output: _guess(() if output[0].name() in PRODUCTS else inner, _shape(output), N, axis)
+        for output, inner in question.inner.items()
+    }
+
+
+def _tried(
+    outputs: Collection[Output], N: int, axis: int, probe: _Probe
+) -> dict[Output, tuple[bool, list[Reading]]]:
+    """Return whether anything arrived at outputs, and which readings agree with what did."""
+    order = list(outputs)
+    left = {output: _candidates(_shape(output), N, axis) for output in order}
+    seen = dict.fromkeys(order, False)
+    for chosen, arrived in probe([GradientEdge(*output) for output in order]) if order else ():
+        for output, g in zip(order, arrived, strict=True):
             if g is not None and g.any():
                 seen[output] = True
                 left[output] = [r for r in left[output] if _apart(g, r, chosen, N)]
-    for output in unknown:
+    return {output: (seen[output], left[output]) for output in order}
+
+
+def _answer(question: _Question, known: dict, tried: dict, N: int, axis: int) -> Answer:
+    """Return which outputs have the data apart, and where; None where they have not."""
+    answer: Answer = {}
+    for output, key in _keys(question, N, axis).items():
+        if key in known:
+            answer[output] = known[key]
+            continue
+        seen, left = tried[output]
+        answer[output] = next(iter(left), None)
         # where only zeros arrived, or too few rows to tell, it is tried again the next time
-        if seen[output] and len(left[output]) < 2:
-            known[keys[output]] = left[output][0] if left[output] else None
-    return {
-        output: known[key] if key in known else next(iter(left[output]), None)
-        for output, key in keys.items()
-    }
+        if seen and len(left) < 2:
+            known[key] = answer[output]
+    return answer
 
 
 class _Probe:
