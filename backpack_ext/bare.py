@@ -24,9 +24,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack_ext.context import SuspendBackpack
+from backpack_ext.errors import UnsupportedError
 from backpack_ext.graph import Capture, Reach
 from backpack_ext.losses import Layout
 from backpack_ext.rules.elementwise import ElementwiseRule
+from backpack_ext.sharing import Segments, sharing
 from backpack_ext.site import Site, roots
 from backpack_ext.sweep import silent
 
@@ -60,13 +62,21 @@ BARE = BareRule()
 
 
 class Reading(NamedTuple):
-    """Where the data are in a tensor: along ``axis``, of size k N, as ``[N, k]`` or as ``[k, N]``."""
+    """Where the data are in a tensor: along ``axis``, of size k N, as ``[N, k]`` or as ``[k, N]``.
+
+    Or along an axis of ragged rows, by the ``segment``-th segments of the `sharing` block; ``rows`` are
+    the data of these rows in the present batch.
+    """
 
     axis: int
     first: bool
+    segment: int | None = None
+    rows: Tensor | None = None
 
     def owner(self, size: int, N: int, device: torch.device) -> Tensor:
         """Return the datum of each position along the axis."""
+        if self.rows is not None:
+            return self.rows.to(device)
         position = torch.arange(size, device=device)
         return position // (size // N) if self.first else position % N
 
@@ -190,7 +200,7 @@ def _cuts(
                 (GradientEdge(node, k), reading, _route(node, leaf, inside))
                 for (node, k), reading in cuts.items()
             ]
-        readings = _readings(found, depth, N, site.batch_axis, known, probe)
+        readings = _readings(found, depth, N, site.batch_axis, known, probe, site.sharing)
         level = []
         for (reader, k), reading in readings.items():
             if reading is not None:
@@ -208,6 +218,7 @@ def _readings(
     axis: int,
     known: dict[tuple, Reading | None],
     probe: _Probe | None,
+    context: sharing | None,
 ) -> dict[tuple[Node, int], Reading | None]:
     """Return which outputs have the data apart, and where; None where they have not.
 
@@ -218,16 +229,30 @@ def _readings(
         axis: Where layers have their data.
         known: Outputs that were tried before; grows by those that told.
         probe: As in `_cuts`; without one, sizes decide.
+        context: The `sharing` block of the forward pass, if in one.
     """
+    segments = () if context is None else context.segments
+    # numbers of ragged rows are other ones in the next batch: if they differ, names stand for them
+    lengths = tuple(s.length for s in segments)
+    names = {length: -1 - k for k, length in enumerate(lengths)}
+    # otherwise equal shapes may be read differently, and each output is tried for itself
+    distinct = len({N, *lengths}) > len(lengths)
+
+    def kind(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(names.get(size, size) for size in shape) if names else shape
+
     shapes = {output: tuple(output[0]._input_metadata[output[1]].shape) for output in found}
     if probe is None:
-        return {output: _guess(inner, shapes[output], N, axis) for output, inner in found.items()}
+        _check_lengths(segments, N)
+        return {
+            output: _guess(inner, shapes[output], N, axis, segments) for output, inner in found.items()
+        }
     keys = {
-        (reader, k): (depth, reader.name(), k, inner, shapes[reader, k], N, axis)
+        (reader, k): (depth, reader.name(), k, kind(inner), kind(shapes[reader, k]), N, axis)
         for (reader, k), inner in found.items()
     }
-    unknown = [output for output, key in keys.items() if key not in known]
-    left = {output: _candidates(shapes[output], N, axis) for output in unknown}
+    unknown = [output for output, key in keys.items() if not distinct or key not in known]
+    left = {output: _candidates(shapes[output], N, axis, segments) for output in unknown}
     seen = dict.fromkeys(unknown, False)
     for chosen, arrived in probe([GradientEdge(*output) for output in unknown]) if unknown else ():
         for output, g in zip(unknown, arrived, strict=True):
@@ -236,12 +261,34 @@ def _readings(
                 left[output] = [r for r in left[output] if _apart(g, r, chosen, N)]
     for output in unknown:
         # where only zeros arrived, or too few rows to tell, it is tried again the next time
-        if seen[output] and len(left[output]) < 2:
-            known[keys[output]] = left[output][0] if left[output] else None
+        if distinct and seen[output] and len(left[output]) < 2:
+            # without the rows themselves, which are other ones in the next batch
+            known[keys[output]] = left[output][0]._replace(rows=None) if left[output] else None
     return {
-        output: known[key] if key in known else next(iter(left[output]), None)
+        output: next(iter(left[output]), None)
+        if output in left and not (distinct and key in known)
+        else _bound(known[key], segments)
         for output, key in keys.items()
     }
+
+
+def _bound(reading: Reading | None, segments: Sequence[Segments]) -> Reading | None:
+    """Return a reading with the present batch's rows."""
+    if reading is None or reading.segment is None:
+        return reading
+    return reading._replace(rows=segments[reading.segment].owner)
+
+
+def _check_lengths(segments: Sequence[Segments], N: int) -> None:
+    """Raise if sizes do not tell by what an axis is to be read."""
+    lengths = [s.length for s in segments if not (s.length == N and s.plain)]
+    if len(lengths) > len(set(lengths)) or N in lengths:
+        raise UnsupportedError(
+            f"Segments of lengths {lengths} for {N} data: parameters without a rule cannot be told by "
+            "sizes which of them, or whether none, holds where they meet the data, and "
+            "check_layers=False (or a loss whose rows are unknown) forbids to try. Allow the checks, or "
+            "freeze these parameters."
+        )
 
 
 class _Probe:
@@ -268,21 +315,31 @@ class _Probe:
                     )
 
 
-def _candidates(shape: tuple[int, ...], N: int, axis: int) -> list[Reading]:
+def _candidates(
+    shape: tuple[int, ...], N: int, axis: int, segments: Sequence[Segments]
+) -> list[Reading]:
     """Return the readings that a shape admits, the likeliest first."""
     found = [Reading(a, True) for a, size in enumerate(shape) if size == N]
-    if shape and shape[0] > N and shape[0] % N == 0:
+    found += [
+        Reading(a, True, k, s.owner)
+        for a, size in enumerate(shape)
+        for k, s in enumerate(segments)
+        if size == s.length and not (size == N and s.plain)
+    ]
+    if not segments and shape and shape[0] > N and shape[0] % N == 0:
         found += [Reading(0, True), Reading(0, False)]
     # stable: among equals the order above
     return sorted(found, key=lambda r: (r.axis != axis, not r.first))
 
 
-def _guess(inner: tuple[int, ...], outer: tuple[int, ...], N: int, axis: int) -> Reading | None:
+def _guess(
+    inner: tuple[int, ...], outer: tuple[int, ...], N: int, axis: int, segments: Sequence[Segments]
+) -> Reading | None:
     """Return the likeliest reading along an axis that the input has not, by sizes alone."""
     inner = (1,) * (len(outer) - len(inner)) + inner
-    for reading in _candidates(outer, N, axis):
+    for reading in _candidates(outer, N, axis, segments):
         size = inner[reading.axis] if reading.axis < len(inner) else 1
-        if N == 1 or size % N:
+        if N == 1 or (size % N if reading.rows is None else size != outer[reading.axis]):
             return reading
     return None
 

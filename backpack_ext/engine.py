@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from math import sqrt
 
@@ -39,6 +39,7 @@ from backpack_ext.graph import Reach, walk
 from backpack_ext.losses import Layout, LossCall
 from backpack_ext.pending import Pending
 from backpack_ext.rules.base import Rule
+from backpack_ext.sharing import sharing_of
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
@@ -150,8 +151,11 @@ class BackwardPass(Receiver):
         batch = self._batch(call.label, reach)
         if call.z.numel() == 0:
             raise empty_batch(call.label)
-        layout = None
-        if reach.sites and call.z.shape[:1].numel() % batch == 0:
+        call.sharing, layout = sharing_of(reach.sites, call.label), None
+        if call.sharing is not None:
+            with suppress(UnsupportedError):  # `fisher="exact"` will say why
+                layout = call.layout(batch)
+        elif reach.sites and call.z.shape[:1].numel() % batch == 0:
             layout = call.layout(batch)
         with self._quiet(call.z.device.type):
             add_bare(reach, call.start, layout, call.z, self.bare)
@@ -164,7 +168,8 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites:
             with self._quiet(call.z.device.type):
-                check_layers(call.start, reach, layout, call.z)
+                masked = call.sharing is not None and call.sharing.kind == "mask"
+                check_layers(call.start, reach, layout, call.z, call.gradient if masked else None)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
@@ -179,9 +184,13 @@ class BackwardPass(Receiver):
         # hooks on tensors know the node but not which of its outputs; only the first is checked
         layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
         batch = self._batch("the model's output", reach)
-        if reach.sites and first and grad.dim() and grad.shape[0] % batch == 0:
-            axis = next(iter(reach.sites)).batch_axis
-            layout = Layout(grad.shape, batch, min(axis, 1), None)
+        context = sharing_of(reach.sites, "the model's output")
+        if reach.sites and first and grad.dim():
+            axis, segments = min(next(iter(reach.sites)).batch_axis, 1), None
+            with suppress(UnsupportedError):  # rows that cannot be told apart by datum
+                if context is not None:
+                    segments = context.of_loss(grad.shape[0], batch, axis)
+                layout = Layout(grad.shape, batch, axis, None, segments)
         with self._quiet(grad.device.type):
             add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
         self._check_reach(reach)
@@ -189,7 +198,10 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites and first:
             with self._quiet(grad.device.type):
-                check_layers(GradientEdge(node, 0), reach, layout, grad)
+                masked = context is not None and context.kind == "mask"
+                check_layers(
+                    GradientEdge(node, 0), reach, layout, grad, (lambda: grad) if masked else None
+                )
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""

@@ -17,6 +17,7 @@ from backpack_ext.errors import RecordingError
 from backpack_ext.graph import anchor_of, tag
 from backpack_ext.losses import LossCall, is_loss
 from backpack_ext.rules.base import look_up
+from backpack_ext.sharing import sharing
 from backpack_ext.site import Site, roots
 
 
@@ -163,6 +164,8 @@ class RootHook(Hook):
                 del stack[k:]
                 break
         if self.top or not stack:
+            if sharing.current is not None:
+                sharing.current.see(module)
             batch = _batch_size((args, kwargs), self.batch_axis)
             stack.append(_Running(module, batch, recording()))
             roots.add(module)
@@ -217,6 +220,8 @@ class SiteHook(Hook):
             output,
             self.checks,
         )
+        if sharing.current is not None:
+            sharing.current.record(site)
         site.error = error
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +154,9 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
     """
     if site.batch == 1 or site.batch_axis != 0:
         return
-    numel = site.out_shape.numel()
+    numel, context = site.out_shape.numel(), site.sharing
+    sizes = {site.batch} if context is None else {site.batch, *context.sizes}
+    vectors = partial(context.sum_rows, site.name) if context is not None and context.sizes else None
     found, rest = [], []
     pending = [(captures[0].edge.node, 1.0)]
     while pending:
@@ -162,12 +165,12 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
             name = consumer.name()
             inner, outer = node._input_metadata[0].shape, consumer._input_metadata[0].shape
             aligned = [1] * (len(outer) - len(inner)) + list(inner)
-            over_data = outer and aligned[0] == 1 and outer[0] == site.batch
+            over_data = outer and aligned[0] == 1 and outer[0] in sizes
             here = factor
             if name in _SUMS and index == 1:
                 here *= consumer._saved_alpha * (-1 if name == "SubBackward0" else 1)
             if name in _EXPANSIONS and over_data and aligned[1:] == list(outer[1:]):
-                found.append(Capture(GradientEdge(consumer, 0), float(here)))
+                found.append(Capture(GradientEdge(consumer, 0), float(here), vectors))
             elif torch.Size(outer).numel() == numel and name in (*_SUMS, *_RESHAPES):
                 pending.append((consumer, here))
             else:
