@@ -23,6 +23,7 @@ from backpack_ext.first_order import (
 from backpack_ext.ggn import DiagGGN
 from backpack_ext.kfac import KFAC
 from backpack_ext.rules import Rule, register_rule
+from backpack_ext.sharing import sharing
 
 __all__ = [
     "EKFAC",
@@ -41,5 +42,6 @@ __all__ = [
     "backpack",
     "extend",
     "register_rule",
+    "sharing",
     "unextend",
 ]

@@ -9,15 +9,14 @@ A cut that is a matrix product is a linear layer in all but name and is treated 
 a time, with the others' rows zeroed: N vector-Jacobian products of the operations in between, exact
 for any operation, and little for what is broadcast.
 
-Where the data are at a candidate cut is not guessed from sizes but tried, the first time: vectors
-of some of the data are sent, and must arrive at rows of these data alone.
+Cuts are found by `backpack_ext.cuts`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -27,22 +26,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backpack_ext.context import SuspendBackpack
+from backpack_ext.cuts import Data, Probe, answered, cuts_of, readers_of
 from backpack_ext.graph import Capture, Reach, sites_at, without_upstream
 from backpack_ext.losses import Layout
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.product_layers import Found, product_sites
-from backpack_ext.products import PRODUCTS, SELECTIONS, Product, Route, below, find_product
+from backpack_ext.products import Product, Route, below, find_product
 from backpack_ext.reading import Reading
 from backpack_ext.rules.elementwise import ElementwiseRule
 from backpack_ext.site import NoChecks, Site, roots
-from backpack_ext.sweep import silent
 
 # Entries of the masked cotangents that are formed at once.
 CHUNK = 2**24
-
-# How many operations a parameter may pass before it meets the data.
-DEPTH = 32
 
 
 class BareRule(ElementwiseRule):
@@ -101,19 +96,21 @@ def add_bare(
     if not wanted or (some is None and reach.whole is None):
         return
     if some is None:
-        N, axis, checked = reach.whole
+        N, axis, checked, context = reach.whole
     else:
         N, axis, checked = some.batch, some.batch_axis, type(some.checks) is dict
+        context = some.sharing
     if not N:
         return
-    probe = _Probe(start, layout, like) if checked and layout is not None and not reach.coupled else None
-    readers = _readers(reach.nodes)
+    probe = Probe(start, layout, like) if checked and layout is not None and not reach.coupled else None
+    data = Data(N, axis, () if context is None else context.segments)
+    readers = readers_of(reach.nodes)
     found: dict[int, Found] = {}
     for p in wanted:
         if p not in _known:
             _known[p] = _Known(*_owner(p), {}, {})
-    searches = [(_cuts(p, readers), _known[p].readings) for p in wanted]
-    for p, cuts in zip(wanted, _answered(searches, N, axis, probe), strict=True):
+    searches = [(cuts_of(p, readers), _known[p].readings) for p in wanted]
+    for p, cuts in zip(wanted, answered(searches, data, probe), strict=True):
         if cuts is None:
             continue
         known = _known[p]
@@ -125,7 +122,7 @@ def add_bare(
         ]
         checks = known.checks if checked else NoChecks()
         found[id(p)] = Found(p, known.module, known.name, checks, cuts, products, known.readings)
-    layers = product_sites(list(found.values()), readers, N, axis, made)
+    layers = product_sites(list(found.values()), readers, N, axis, context, made)
     outermost = without_upstream(start.node, {edge.node for edge in layers.values()})
     for site, edge in layers.items():
         reach.sites[site] = [Capture(edge)]
@@ -179,256 +176,6 @@ def _owner(p: nn.Parameter) -> tuple[nn.Module, str]:
                 if q is p:
                     return module, f"{path + '.' if path else ''}{name}"
     return nn.Module(), "a parameter of no extended module"
-
-
-def _readers(nodes: Collection[Node]) -> dict[tuple[Node, int], list[Node]]:
-    """Return which nodes read each output of each node."""
-    found: dict[tuple[Node, int], list[Node]] = {}
-    for node in nodes:
-        for child, index in node.next_functions:
-            if child is not None:
-                found.setdefault((child, index), []).append(node)
-    return found
-
-
-Output = tuple[Node, int]
-Cuts = list[tuple[GradientEdge, Reading, Route]]
-
-
-class _Question(NamedTuple):
-    """Outputs at one distance from a parameter: where in them are the data?
-
-    Args:
-        depth: How many operations away from the parameter they are.
-        inner: The outputs, each with the shape of what it reads on the way from the parameter.
-    """
-
-    depth: int
-    inner: dict[Output, tuple[int, ...]]
-
-
-Answer = dict[Output, Reading | None]
-
-
-def _cuts(
-    p: nn.Parameter, readers: dict[Output, list[Node]]
-) -> Generator[_Question, Answer, Cuts | None]:
-    """Find a cut on each way from a parameter to the loss, level by level.
-
-    Args:
-        p: The parameter.
-        readers: The graph, downwards.
-
-    Yields:
-        What has to be known about the next level.
-
-    Returns:
-        The cuts; None if some way has none.
-    """
-    leaf = get_gradient_edge(p).node
-    inside: set[tuple[Node, int]] = {(leaf, 0)}  # outputs between the parameter and the cuts
-    cuts: dict[tuple[Node, int], Reading] = {}
-    level = [(leaf, 0, tuple(p.shape))]
-    for depth in range(DEPTH):
-        found: dict[tuple[Node, int], tuple[int, ...]] = {}  # with the size of what they read
-        for node, index, shape in level:
-            here = readers.get((node, index))
-            if not here:
-                return None
-            for reader in here:
-                outputs = range(len(reader._input_metadata))
-                used = [k for k in outputs if (reader, k) in readers] or [0]
-                for k in used:
-                    if (reader, k) not in inside and (reader, k) not in cuts:
-                        found[reader, k] = shape
-        if not found:
-            return [
-                (GradientEdge(node, k), reading, _route(node, leaf, inside))
-                for (node, k), reading in cuts.items()
-            ]
-        # what only rearranges the parameter has no data yet, whatever its sizes
-        moved = {output for output in found if output[0].name() in SELECTIONS}
-        others = {output: inner for output, inner in found.items() if output not in moved}
-        readings = dict.fromkeys(moved)
-        if others:
-            readings.update((yield _Question(depth, others)))
-        level = []
-        for (reader, k), reading in readings.items():
-            if reading is not None:
-                cuts[reader, k] = reading
-            else:
-                inside.add((reader, k))
-                level.append((reader, k, tuple(reader._input_metadata[k].shape)))
-    return None
-
-
-def _answered(
-    searches: Sequence[tuple[Generator[_Question, Answer, Cuts | None], dict]],
-    N: int,
-    axis: int,
-    probe: _Probe | None,
-) -> list[Cuts | None]:
-    """Run searches side by side: what several ask at a time is tried in the same passes.
-
-    Args:
-        searches: Each with the readings that its parameter is known to have; they grow.
-        N: Batch size.
-        axis: Where layers have their data.
-        probe: Sends vectors of some of the data; None if they cannot be told apart: sizes decide.
-
-    Returns:
-        The searches' results.
-    """
-    results: list[Cuts | None] = [None] * len(searches)
-    answers: dict[int, Answer | None] = dict.fromkeys(range(len(searches)))
-    while answers:
-        questions: dict[int, _Question] = {}
-        for k, answer in answers.items():
-            try:
-                questions[k] = searches[k][0].send(answer)
-            except StopIteration as end:
-                results[k] = end.value
-        if probe is None:
-            answers = {k: _guesses(question, N, axis) for k, question in questions.items()}
-            continue
-        tried = _tried(
-            {
-                output
-                for k, question in questions.items()
-                for output, key in _keys(question, N, axis).items()
-                if key not in searches[k][1]
-            },
-            N,
-            axis,
-            probe,
-        )
-        answers = {k: _answer(q, searches[k][1], tried, N, axis) for k, q in questions.items()}
-    return results
-
-
-def _shape(output: Output) -> tuple[int, ...]:
-    return tuple(output[0]._input_metadata[output[1]].shape)
-
-
-def _keys(question: _Question, N: int, axis: int) -> dict[Output, tuple]:
-    """Return what tells a parameter's outputs apart from pass to pass."""
-    return {
-        output: (question.depth, output[0].name(), output[1], inner, _shape(output), N, axis)
-        for output, inner in question.inner.items()
-    }
-
-
-def _guesses(question: _Question, N: int, axis: int) -> Answer:
-    """Answer by sizes alone."""
-    # the rows of a product are those of its other factor
-    return {
-        output: _guess(() if output[0].name() in PRODUCTS else inner, _shape(output), N, axis)
-        for output, inner in question.inner.items()
-    }
-
-
-def _tried(
-    outputs: Collection[Output], N: int, axis: int, probe: _Probe
-) -> dict[Output, tuple[bool, list[Reading]]]:
-    """Return whether anything arrived at outputs, and which readings agree with what did."""
-    order = list(outputs)
-    left = {output: _candidates(_shape(output), N, axis) for output in order}
-    seen = dict.fromkeys(order, False)
-    for chosen, arrived in probe([GradientEdge(*output) for output in order]) if order else ():
-        for output, g in zip(order, arrived, strict=True):
-            if g is not None and g.any():
-                seen[output] = True
-                left[output] = [r for r in left[output] if _apart(g, r, chosen, N)]
-    return {output: (seen[output], left[output]) for output in order}
-
-
-def _answer(question: _Question, known: dict, tried: dict, N: int, axis: int) -> Answer:
-    """Return which outputs have the data apart, and where; None where they have not."""
-    answer: Answer = {}
-    for output, key in _keys(question, N, axis).items():
-        if key in known:
-            answer[output] = known[key]
-            continue
-        seen, left = tried[output]
-        answer[output] = next(iter(left), None)
-        # where only zeros arrived, or too few rows to tell, it is tried again the next time
-        if seen and len(left) < 2:
-            known[key] = answer[output]
-    return answer
-
-
-class _Probe:
-    """Sends vectors of half of the data through the graph, so that each pair is told apart once."""
-
-    def __init__(self, start: GradientEdge, layout: Layout, like: Tensor):
-        self.start, self.layout = start, layout
-        pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
-        self.parts = layout.split(((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)[None])
-
-    def __call__(self, edges: Sequence[GradientEdge]):
-        """Yield, for each half, which data were sent, and what arrived at the edges."""
-        data = torch.arange(self.layout.batch, device=self.parts.device)
-        for bit in range((self.layout.batch - 1).bit_length()):
-            for value in (0, 1):
-                chosen = (data >> bit) % 2 == value
-                seed = self.layout.join(self.parts * chosen[:, None, None])[0]
-                with silent(), SuspendBackpack():
-                    yield (
-                        chosen,
-                        torch.autograd.grad(
-                            [self.start], edges, [seed], retain_graph=True, allow_unused=True
-                        ),
-                    )
-
-
-def _candidates(shape: tuple[int, ...], N: int, axis: int) -> list[Reading]:
-    """Return the readings that a shape admits, the likeliest first."""
-    found = [Reading(a, True) for a, size in enumerate(shape) if size == N]
-    for a, size in enumerate(shape):
-        if size > N and size % N == 0:
-            found += [Reading(a, True), Reading(a, False)]
-    # stable: among equals the order above
-    return sorted(found, key=lambda r: (r.axis != axis, not r.first))
-
-
-def _guess(inner: tuple[int, ...], outer: tuple[int, ...], N: int, axis: int) -> Reading | None:
-    """Return the likeliest reading along an axis that the input has not, by sizes alone."""
-    inner = (1,) * (len(outer) - len(inner)) + inner
-    for reading in _candidates(outer, N, axis):
-        if reading.axis and outer[reading.axis] != N:
-            continue  # k N rows are likely in front only
-        size = inner[reading.axis] if reading.axis < len(inner) else 1
-        if N == 1 or size % N:
-            return reading
-    return None
-
-
-def _apart(g: Tensor, reading: Reading, chosen: Tensor, N: int) -> bool:
-    """Whether only rows of the chosen data are non-zero."""
-    owner = reading.owner(g.shape[reading.axis], N, g.device)
-    return not g.index_select(reading.axis, (~chosen)[owner].nonzero().squeeze(1)).any()
-
-
-def _route(cut: Node, leaf: Node, inside: set[tuple[Node, int]]) -> Route:
-    """Return the way from a cut down to the parameter."""
-    order: dict[Node, None] = {}
-
-    def visit(node: Node) -> None:
-        for child, k in node.next_functions:
-            if (child, k) in inside and child is not leaf and child not in order:
-                visit(child)
-        order[node] = None
-
-    visit(cut)
-    place = {node: k for k, node in enumerate(reversed(order))}
-    return tuple(
-        tuple(
-            (i, k, place.get(child))
-            for i, (child, k) in enumerate(node.next_functions)
-            if (child, k) in inside
-        )
-        for node in place
-    )
 
 
 def _vectors(N: int, reading: Reading, route: Route, product: Product | None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
@@ -18,7 +20,13 @@ from backpack_ext.unit import Unit
 TRIES = 3
 
 
-def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like: Tensor) -> bool:
+def check_layers(
+    start: GradientEdge,
+    reach: Reach,
+    layout: Layout | None,
+    like: Tensor,
+    counted: Callable[[], Tensor] | None = None,
+) -> bool:
     """Check layers that have not been read this way before; a training loop pays for it once.
 
     *Rows.* Layers are read by the size of their leading axis, which says nothing about the order
@@ -34,6 +42,8 @@ def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like:
         reach: The graph behind it; its Sites have taps.
         layout: How the data are laid out there; None if that is not known.
         like: A tensor of that shape, dtype and device.
+        counted: Returns a tensor of that shape that is zero where the loss does not look, at the
+            positions that a mask leaves out, say: nothing is sent from there.
 
     Returns:
         Whether some embeddings turned out to be looked up for all data together (relative positions
@@ -47,6 +57,8 @@ def check_layers(start: GradientEdge, reach: Reach, layout: Layout | None, like:
         return False
     pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
     pattern = ((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)
+    if counted is not None:
+        pattern = pattern * (counted() != 0)
     if layout is not None and not reach.coupled:
         data = torch.arange(layout.batch, device=like.device)
         for bit in range((layout.batch - 1).bit_length()):
@@ -79,7 +91,7 @@ def _check_rows(start, reach, layout: Layout, pattern: Tensor, chosen: Tensor, u
         raise UnsupportedError(
             f"{site.label}: a vector that belongs to one datum arrives at the rows of another. Its "
             f"output of shape {tuple(site.out_shape)} is read as {site.batch} data along axis "
-            f"{site.batch_axis}. If they are elsewhere, say so: extend(model, "
+            f"{site.batch_axis}{_by(site)}. If they are elsewhere, say so: extend(model, "
             f"batch_axis={{{site.name!r}: AXIS}}). If the loss's rows are in another order, or the "
             "model mixes data on purpose, quantities per datum are undefined; extend(model, "
             "check_layers=False) switches this check off."
@@ -134,8 +146,8 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
                 f"{site.label}: the gradient of its {role}, put together from the recorded calls, is "
                 f"not autograd's (relative error {float(error / actual.norm().clamp_min(1e-30)):.2g})."
                 " Either the parameter is also used outside of recorded calls of its layer, or the "
-                "layer computes something else than its rule says (an overridden forward?). "
-                "Register a rule for its class, or freeze the parameter. extend(model, "
+                "layer computes something else than its rule says (an overridden forward?)"
+                f"{_hint(site)}. Register a rule for its class, or freeze the parameter. extend(model, "
                 "check_layers=False) switches this check off."
             )
     return moved
@@ -181,6 +193,22 @@ def _gradient(unit: Unit, role: str) -> tuple[Tensor, Tensor]:
         G = normal.per_sample_sum(unit.a, unit.b)
         size = normal.per_sample_sum(unit.a.abs(), unit.b.abs())
     return unit.placed(role, G), size
+
+
+def _by(site: Site) -> str:
+    """Say which rows of a `sharing` block a layer is read by."""
+    if site.sharing is None or site.sharing.kind == "mask":
+        return ""
+    if site.segments is None:
+        return ", one row per datum, in the `sharing` block"
+    return f", by segments of {site.segments.length} rows"
+
+
+def _hint(site: Site) -> str:
+    """Say what else may be wrong in a `sharing` block."""
+    if site.sharing is None or site.sharing.kind != "mask":
+        return ""
+    return ", or positions that the mask of `sharing` leaves out reach the loss"
 
 
 def _parameters(site: Site) -> list[nn.Parameter]:

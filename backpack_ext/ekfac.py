@@ -269,7 +269,9 @@ def _decompose(
     if weight is None:
         return {"bias": bias.eigh()}
     bases = {"weight": weight.eigh()}
-    if bias is not None and bias is not weight:
+    if bias is not None and bias is not weight and bias.B is not weight.B:
+        bases["bias"] = bias.eigh()
+    elif bias is not None and bias is not weight:
         # B is the weight's, which is decomposed already
         Q_B, shape = bases["weight"].Q_B, (*bases["weight"].sizes[:2], 1)
         values = bases["weight"].values.new_ones(shape)

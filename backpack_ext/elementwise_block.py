@@ -38,7 +38,7 @@ class ElementwiseLayer:
     def add_inputs(self, role: str, a: Tensor) -> None:
         """Average the squares of inputs ``a[r,*shape]`` with those of further rows."""
         self.rows = len(a)
-        self.means[role] = a.square().mean(0)
+        self.means[role] = a.square().sum(0) / max(1, len(a))
 
     def blocks(self) -> list[tuple[nn.Parameter, DenseBlock | DiagonalBlock]]:
         """Return one block per parameter."""
@@ -61,5 +61,5 @@ class ElementwiseLayer:
         rows = other.rows + self.rows
         for role, value in self.means.items():
             old = other.means.get(role)
-            other.means[role] = value if old is None else old + self.rows / rows * (value - old)
+            other.means[role] = value if old is None else old + self.rows / max(1, rows) * (value - old)
         other.rows = rows

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from math import sqrt
 
@@ -39,6 +39,7 @@ from backpack_ext.graph import Reach, new_sites, walk
 from backpack_ext.losses import Layout, LossCall
 from backpack_ext.pending import Pending
 from backpack_ext.rules.base import Rule
+from backpack_ext.sharing import sharing, sharing_of
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
@@ -172,8 +173,11 @@ class BackwardPass(Receiver):
         batch = self._batch(call.label, reach)
         if call.z.numel() == 0:
             raise empty_batch(call.label)
-        layout = None
-        if (reach.sites or reach.whole) and call.z.shape[:1].numel() % batch == 0:
+        call.sharing, layout = self._sharing(reach, call.label), None
+        if call.sharing is not None:
+            with suppress(UnsupportedError):  # `fisher="exact"` will say why
+                layout = call.layout(batch)
+        elif (reach.sites or reach.whole) and call.z.shape[:1].numel() % batch == 0:
             layout = call.layout(batch)
         with self._quiet(call.z.device.type):
             add_bare(reach, call.start, layout, call.z, self.bare)
@@ -186,7 +190,9 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites:
             with self._quiet(call.z.device.type):
-                again = check_layers(call.start, reach, layout, call.z)
+                masked = call.sharing is not None and call.sharing.kind == "mask"
+                counted = call.gradient if masked else None
+                again = check_layers(call.start, reach, layout, call.z, counted)
                 if again:
                     add_bare(reach, call.start, layout, call.z, self.bare)
             if again:
@@ -207,9 +213,13 @@ class BackwardPass(Receiver):
         layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
         batch = self._batch("the model's output", reach)
         known = next(iter(reach.sites), reach.whole)
-        if known is not None and first and grad.dim() and grad.shape[0] % batch == 0:
-            axis = known.batch_axis
-            layout = Layout(grad.shape, batch, min(axis, 1), None)
+        context = self._sharing(reach, "the model's output")
+        if known is not None and first and grad.dim():
+            axis, segments = min(known.batch_axis, 1), None
+            with suppress(UnsupportedError):  # rows that cannot be told apart by datum
+                if context is not None:
+                    segments = context.of_loss(grad.shape[0], batch, axis)
+                layout = Layout(grad.shape, batch, axis, None, segments)
         with self._quiet(grad.device.type):
             add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
         self._check_reach(reach)
@@ -217,7 +227,9 @@ class BackwardPass(Receiver):
         self._tap(reach)
         if reach.sites and first:
             with self._quiet(grad.device.type):
-                again = check_layers(GradientEdge(node, 0), reach, layout, grad)
+                masked = context is not None and context.kind == "mask"
+                counted = (lambda: grad) if masked else None
+                again = check_layers(GradientEdge(node, 0), reach, layout, grad, counted)
                 if again:
                     add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
             if again:
@@ -273,6 +285,12 @@ class BackwardPass(Receiver):
         if batch == 0:
             raise empty_batch(start)
         return batch
+
+    def _sharing(self, reach: Reach, start: str) -> sharing | None:
+        """Return the `sharing` block of the forward pass, if in one."""
+        if reach.sites or reach.whole is None:
+            return sharing_of(reach.sites, start)
+        return reach.whole.block
 
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""

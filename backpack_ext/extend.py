@@ -18,6 +18,7 @@ from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.losses import LossCall, is_loss
 from backpack_ext.rules.base import look_up
+from backpack_ext.sharing import sharing
 from backpack_ext.site import NoChecks, Site, roots
 
 
@@ -193,6 +194,8 @@ class RootHook(Hook):
                 del stack[k:]
                 break
         if self.top or not stack:
+            if sharing.current is not None:
+                sharing.current.see(module)
             given = (args, kwargs)
             if self.argument is not None:
                 given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -215,8 +218,11 @@ class RootHook(Hook):
                 if t.grad_fn is not None:
                     t = t._base if _has_graph_base(t) else t
                     t.register_hook(on_model_output)
-                    if running.batch is not None:
-                        tag_whole(t.grad_fn, Whole(running.batch, self.batch_axis, self.checked))
+                    batch, context = running.batch, sharing.current
+                    if context is not None and context.num_data is not None:
+                        batch = context.num_data
+                    if batch is not None:
+                        tag_whole(t.grad_fn, Whole(batch, self.batch_axis, self.checked, context))
 
 
 class SiteHook(Hook):
@@ -268,6 +274,8 @@ class SiteHook(Hook):
             self.checks,
             inputs[1:],
         )
+        if sharing.current is not None:
+            sharing.current.record(site)
         error = error or self.checks.get("error")
         site.error = error or (None if rule is None else rule.misfit(module, x, output))
         site.output_nr = anchor.output_nr

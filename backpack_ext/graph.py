@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.site import Site
+
+if TYPE_CHECKING:
+    from backpack_ext.sharing import sharing
 
 # Key under which a node's metadata lists the Sites whose output the node produced.
 TAG = "backpack_ext.sites"
@@ -45,11 +49,13 @@ class Whole(NamedTuple):
         batch: Number of data N.
         batch_axis: Axis that counts them.
         checked: Whether readings are to be checked.
+        block: The `sharing` block that it ran in, if in one.
     """
 
     batch: int
     batch_axis: int
     checked: bool
+    block: sharing | None
 
 
 @dataclass(eq=False)
@@ -236,7 +242,9 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
     """
     if site.batch == 1 or site.batch_axis != 0:
         return
-    numel = site.out_shape.numel()
+    numel, context = site.out_shape.numel(), site.sharing
+    sizes = {site.batch} if context is None else {site.batch, *context.sizes}
+    vectors = partial(context.sum_rows, site.name) if context is not None and context.sizes else None
     found, rest = [], []
     pending = [(captures[0].edge.node, 1.0)]
     while pending:
@@ -245,12 +253,12 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
             name = consumer.name()
             inner, outer = node._input_metadata[0].shape, consumer._input_metadata[0].shape
             aligned = [1] * (len(outer) - len(inner)) + list(inner)
-            over_data = outer and aligned[0] == 1 and outer[0] == site.batch
+            over_data = outer and aligned[0] == 1 and outer[0] in sizes
             here = factor
             if name in _SUMS and index == 1:
                 here *= consumer._saved_alpha * (-1 if name == "SubBackward0" else 1)
             if name in _EXPANSIONS and over_data and aligned[1:] == list(outer[1:]):
-                found.append(Capture(GradientEdge(consumer, 0), float(here)))
+                found.append(Capture(GradientEdge(consumer, 0), float(here), vectors))
             elif torch.Size(outer).numel() == numel and name in (*_SUMS, *_RESHAPES):
                 pending.append((consumer, here))
             else:
@@ -268,6 +276,8 @@ def _find_broadcast(site: Site, captures: list[Capture], consumers: dict) -> Non
 
 def _is_for_all_data(site: Site) -> bool:
     """Whether an embedding was looked up for all data together (relative positions ``[T, T]``, say)."""
+    if site.sharing is not None and site.sharing.kind == "segments":
+        return False  # rows are read by segments, or not at all
     return site.looked_up and bool(site.out_shape) and site.out_shape[0] % site.batch != 0
 
 

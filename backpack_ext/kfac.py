@@ -45,6 +45,8 @@ class KFAC(Extension):
     Objects share memory: a bias's B is its weight's, and factors of small layers are parts of one
     tensor. Change them out of place, or `clone` them.
 
+    Where data differ in their numbers of positions, see `sharing`.
+
     Scale and shift of a norm have no Kronecker structure. Each has its own exact block
     ``sum_vn G G^T`` of per-sample vectors, a `curvature.DenseBlock`, or its diagonal, a
     `curvature.DiagonalBlock`; whatever ``approx`` and ``bias`` say.
@@ -136,8 +138,13 @@ class KFAC(Extension):
             layer = store[unit.key] = _Layer(unit)
             self._check_joint(unit)
         if self.fisher != "forward":
-            b = self._b_rows(unit.b)
-            layer.add_B(self._second_moment(b, unit, "B", self.b_factor(unit)))
+            divisors, factor = self._divisors(layer, unit), self.b_factor(unit)
+            b = self._b_rows(unit.b, divisors)
+            layer.add_B(self._second_moment(b, unit, "B", factor))
+            if divisors is not None and "bias" in unit.parameters and not self.joins(unit.parameters):
+                # the exact block of a bias alone, whose inputs are known to be ones
+                b = self._b_rows(unit.b)
+                layer.add_bias_B(self._second_moment(b, unit, "B", factor))
         if layer.is_new(unit) and "weight" in layer.parameters:
             if unit.sites[0].shared:
                 # calls may arrive from several losses: the inputs are joined at the end
@@ -172,8 +179,8 @@ class KFAC(Extension):
             if self.fisher != "forward":
                 layer.add(role, self.cast(unit.grads(role)), self.b_factor(unit))
             elif role not in layer.means:
-                a = self._a_rows(unit.a)[0]
-                a = a if role == "weight" else torch.ones_like(a)
+                a = self._a_rows(unit.a, unit)[0]
+                a = a if role == "weight" else self._constants(a, unit)[:, None].expand_as(a)
                 layer.add_inputs(role, a.reshape(len(a), *p.shape))
 
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
@@ -194,34 +201,71 @@ class KFAC(Extension):
         if new:
             a = self._a_rows(stack_inputs([u for _, u in new]))
             A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
-            means = self._means(a, unit)
-            means = [None] * len(A) if means is None else means.split(groups)
-            for (layer, _), part, mean in zip(new, A, means, strict=True):
-                layer.add_A(part, mean, a.shape[1])
+            last = self._last_row(a, unit)
+            last = [None] * len(A) if last is None else last.split(groups)
+            normalize = self._normalize(unit)
+            for (layer, _), part, row in zip(new, A, last, strict=True):
+                layer.add_A(part, row, a.shape[1])
+                layer.normalize = normalize
 
     def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
         """Form A of one layer, and the mean input if the bias is joined."""
         if isinstance(unit.a, OneHot):
-            A, rows = self._one_hot_moment(unit.a, self._dtype(unit.module.weight))
+            A, rows = self._one_hot_moment(unit, self._dtype(unit.module.weight))
             layer.add_A(A, None, rows)
-            return
-        a = self._a_rows(unit.a)
-        A = self._second_moment(a, unit, "A", 1 / a.shape[1])
-        layer.add_A(A, self._means(a, unit), a.shape[1])
+        else:
+            a = self._a_rows(unit.a, unit)
+            A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
+            layer.add_A(A, self._last_row(a, unit), a.shape[1])
+        layer.normalize = self._normalize(unit)
 
-    def _a_rows(self, a: Tensor) -> Tensor:
-        """Return the rows that A averages over, ``[g,r,i]``."""
+    def _a_rows(self, a: Tensor, unit: Unit | None = None) -> Tensor:
+        """Return the rows that A averages over, ``[g,r,i]``; only those that exist, if a unit says."""
         a = self.cast(a)
-        if a.shape[2] == 1 or self.approx == "expand":
-            return a.flatten(1, 2)
-        return a.mean(2)
+        existing = None if unit is None else unit.existing
+        if existing is None:
+            return a.flatten(1, 2) if a.shape[2] == 1 or self.approx == "expand" else a.mean(2)
+        if self.approx == "expand":
+            return a[:, existing]
+        counts = existing.sum(1)
+        some = counts > 0
+        totals = a.sum(2)[:, some]
+        return totals if unit.normalize == "sum" else totals / counts[some, None]
 
-    def _b_rows(self, b: Tensor) -> Tensor:
-        """Return the rows that B sums over, ``[g,r,o]``."""
+    def _b_rows(self, b: Tensor, divisors: Tensor | None = None) -> Tensor:
+        """Return the rows that B sums over, ``[g,r,o]``; ``divisors[n]`` turn sums into means."""
         b = self.cast(b)
         if b.shape[3] == 1 or self.approx == "expand":
-            return b.flatten(1, 3)
-        return b.sum(3).flatten(1, 2)
+            b = b.flatten(1, 3) if divisors is None else b.squeeze(3)
+        else:
+            b = b.sum(3)
+        if divisors is not None:
+            b = b / divisors[:, None]
+        return b.flatten(1, -2)
+
+    def _divisors(self, layer: _Layer, unit: Unit) -> Tensor | None:
+        """Return the number of positions per datum if B takes the mean over them; None otherwise.
+
+        Raises:
+            UnsupportedError: If B was begun without knowing all calls, whose positions count.
+        """
+        if self.approx != "reduce" or unit.normalize != "sum" or "weight" not in unit.parameters:
+            return None
+        joined = layer.all_calls(unit)
+        if joined.existing is None:
+            return None
+        if layer.B is not None and len(joined.sites) > len(layer.sites):
+            raise UnsupportedError(
+                f'KFAC: sharing(normalize="sum") for {unit.sites[0].label}, whose calls reach different '
+                'losses of one backward pass. Use normalize="mean", or one backward pass per loss.'
+            )
+        return joined.existing.sum(1).clamp(min=1)
+
+    def _normalize(self, unit: Unit) -> str | None:
+        """Return how positions were treated; None if there was one for each datum."""
+        if self.approx == "expand" or unit.positions == 1:
+            return None
+        return "mean" if unit.existing is None else unit.normalize
 
     def b_factor(self, unit: Unit) -> float:
         """The gradient of a loss carries r c; outer products of it are to carry it once."""
@@ -229,22 +273,48 @@ class KFAC(Extension):
             return 1.0
         return 1 / unit.scale if unit.scale else 0.0
 
-    def _means(self, a: Tensor, unit: Unit) -> Tensor | None:
-        return a.mean(1) if self.joins(unit.parameters) else None
+    def _constants(self, a: Tensor, unit: Unit) -> Tensor:
+        """Return what a bias's inputs, which are ones, become in the rows of A, ``[r]``."""
+        if self.approx == "reduce" and unit.normalize == "sum" and unit.existing is not None:
+            counts = unit.existing.sum(1)
+            return counts[counts > 0].to(a.dtype)
+        return a.new_ones(a.shape[1 if a.dim() == 3 else 0])
 
-    def _one_hot_moment(self, a: OneHot, dtype: torch.dtype) -> tuple[Tensor, int]:
+    def _last_row(self, a: Tensor, unit: Unit) -> Tensor | None:
+        """Return the row of A that belongs to a joined bias, ``[g,i+1]``."""
+        if not self.joins(unit.parameters):
+            return None
+        if unit.existing is None:
+            return torch.cat([a.mean(1), a.new_ones(len(a), 1)], dim=1)
+        c, rows = self._constants(a, unit), max(1, a.shape[1])
+        corner = c.square().sum().expand(len(a), 1)
+        return torch.cat([c @ a, corner], dim=1) / rows
+
+    def _one_hot_moment(self, unit: Unit, dtype: torch.dtype) -> tuple[Tensor, int]:
         """Return the diagonal of A (in expand the tokens' frequencies) as ``[1,i]``, and rows."""
+        a, existing = unit.a, unit.existing
         n, s = a.shape
         expand = self.approx == "expand"
         values, tokens = a.weights(dtype), a.index.flatten()
+        count = n * s if expand else n
+        if existing is not None:
+            count = int((existing if expand else existing.any(1)).sum())
         if a.bags is not None or not expand:  # entries of a row may meet in one feature: they add up
             owner = a.rows if expand else a.data
             keys, inverse = torch.unique(owner * a.size + tokens, return_inverse=True)
             values = values.new_zeros(len(keys)).index_add_(0, inverse, values)
-            values, tokens = values if expand else values / s, keys % a.size
+            tokens = keys % a.size
+            if not expand:
+                values = values / self._positions(unit, s)[keys // a.size]
         squares = values.new_zeros(a.size).index_add_(0, tokens, values.square())
-        count = n * s if expand else n
-        return squares[None] / count, count
+        return squares[None] / max(1, count), count
+
+    def _positions(self, unit: Unit, s: int) -> Tensor:
+        """Return what one-hot inputs of each datum are divided by in reduce, ``[n]``."""
+        ones = torch.ones(unit.batch, device=unit.a.index.device)
+        if unit.existing is None:
+            return ones * s
+        return ones if unit.normalize == "sum" else unit.existing.sum(1).clamp(min=1)
 
     def _second_moment(self, x: Tensor, unit: Unit, factor: str, scale: float) -> Tensor:
         """Return ``scale sum_r x x^T`` of ``x[g,r,d]``, ``[g,d,d]``; its diagonal if too large."""
@@ -313,7 +383,7 @@ class KFAC(Extension):
         if weight is not None:
             joint = self.joins(parameters)
             if joint:
-                A = _append_constant(A, layer.mean)
+                A = _append_row(A, layer.last)
             A = A if groups > 1 else A[0]
             axes = MATRIX if "weight" in layer.parts else layer.axes
             block = Kronecker(B, A, axes, groups, joint, layer.rows)
@@ -326,6 +396,8 @@ class KFAC(Extension):
             if one is None:
                 one = ones[kind] = B.new_ones((groups, 1, 1) if groups > 1 else (1, 1))
             axes = BIAS if "bias" in layer.parts else layer.bias_axes
+            if layer.bias_B is not None:
+                B = layer.bias_B if groups > 1 else layer.bias_B[0]
             blocks.append((bias, Kronecker(B, one, axes, groups)))
         return blocks
 
@@ -346,11 +418,15 @@ class KFAC(Extension):
 
 
 class _Layer:
-    """Factors of one layer: B (a sum), A and the mean input (means over a number of rows)."""
+    """Factors of one layer: B (a sum), A and its last row if joint (means over a number of rows).
+
+    Ragged positions may be averaged in B instead of A (``normalize="sum"``): then the bias, if it is
+    separate, has a B of its own.
+    """
 
     __slots__ = (
-        "A", "B", "axes", "bias_axes", "groups", "later", "mean", "parameters", "parts", "rows", "rule",
-        "sites",
+        "A", "B", "axes", "bias_B", "bias_axes", "groups", "last", "later", "normalize", "parameters",
+        "parts", "rows", "rule", "sites",
     )  # fmt: skip
 
     def __init__(self, unit: Unit):
@@ -358,7 +434,8 @@ class _Layer:
         self.axes, self.bias_axes = unit.axes("weight"), unit.axes("bias")
         self.parts = unit.sites[0].parts
         self.sites: dict[Site, None] = {}
-        self.A = self.B = self.mean = None
+        self.A = self.B = self.bias_B = self.last = None
+        self.normalize: str | None = None  # None: no shared positions
         self.rows = 0
         self.later = False
 
@@ -377,24 +454,44 @@ class _Layer:
         """Add to B."""
         self.B = B if self.B is None else self.B + B
 
-    def add_A(self, A: Tensor, mean: Tensor | None, rows: int) -> None:
-        """Average A and the mean input with those of further rows."""
-        if self.A is not None:
+    def add_bias_B(self, B: Tensor) -> None:
+        """Add to the B of the bias alone."""
+        self.bias_B = B if self.bias_B is None else self.bias_B + B
+
+    def all_calls(self, unit: Unit) -> Unit:
+        """Return the unit of all calls of the layer that are known, those of ``unit`` included."""
+        calls = {**self.sites, **dict.fromkeys(unit.sites)}
+        return unit if len(calls) == len(unit.sites) else Unit(list(calls), (), self.rule)
+
+    def add_A(self, A: Tensor, last: Tensor | None, rows: int) -> None:
+        """Average A and its last row with those of further rows."""
+        if self.A is not None and rows + self.rows:
             part = rows / (rows + self.rows)
             A = self.A + part * (A - self.A)
-            mean = None if mean is None else self.mean + part * (mean - self.mean)
-        self.A, self.mean, self.rows = A, mean, self.rows + rows
+            last = None if last is None else self.last + part * (last - self.last)
+        self.A, self.last, self.rows = A, last, self.rows + rows
 
     def merge_into(self, total: dict, key: tuple, weight: float) -> None:
         """Add a batch's factors, B put on the total's scale."""
         other = total.get(key)
         if other is None:
             other = total[key] = copy(self)
-            other.sites, other.A, other.B, other.mean, other.rows = {}, None, None, None, 0
+            other.sites, other.A, other.B, other.last, other.rows = {}, None, None, None, 0
+            other.bias_B = None
+        if None not in (self.normalize, other.normalize) and self.normalize != other.normalize:
+            raise ValueError(
+                'KFAC: some batches were computed with sharing(normalize="sum"), others without; '
+                "their factors are no parts of one sum. Use it for all batches, or for none."
+            )
+        other.normalize = other.normalize or self.normalize
+        if self.bias_B is not None or other.bias_B is not None:
+            old = other.B if other.bias_B is None else other.bias_B
+            other.bias_B, new = old, self.B if self.bias_B is None else self.bias_B
+            other.add_bias_B(new * weight)
         if self.B is not None:
             other.add_B(self.B * weight)
         if self.A is not None:
-            other.add_A(self.A, self.mean, self.rows)
+            other.add_A(self.A, self.last, self.rows)
 
 
 def _sum(one: Block, other: Block, parameter: nn.Parameter) -> Block:
@@ -414,10 +511,9 @@ def _terms(block: Kronecker | KroneckerSum) -> tuple[Kronecker, ...]:
     return block.terms if isinstance(block, KroneckerSum) else (block,)
 
 
-def _append_constant(A: Tensor, mean: Tensor) -> Tensor:
-    """Append the row and column of the constant feature 1 to ``A[g,i,i]``."""
+def _append_row(A: Tensor, last: Tensor) -> Tensor:
+    """Append a bias's row ``last[g,i+1]``, and its column, to ``A[g,i,i]``, or to a diagonal."""
     if A.dim() == 2:
-        return torch.cat([A, A.new_ones(len(A), 1)], dim=1)
-    top = torch.cat([A, mean.unsqueeze(2)], dim=2)
-    last = torch.cat([mean, mean.new_ones(len(mean), 1)], dim=1)
+        return torch.cat([A, last[:, -1:]], dim=1)
+    top = torch.cat([A, last[:, :-1].unsqueeze(2)], dim=2)
     return torch.cat([top, last.unsqueeze(1)], dim=1)

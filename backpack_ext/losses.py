@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch.nn.modules.loss import _Loss
 
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.graph import edge_of
+
+if TYPE_CHECKING:
+    from backpack_ext.sharing import Segments, sharing
 
 
 class LossRule(ABC):
@@ -59,20 +63,38 @@ class Layout:
         batch: Number of data N. The leading size is N, or ``k N``, read as ``[N, k]``.
         batch_axis: 0; or 1 for rows that are to be read as ``[k, N]`` (sequence-first).
         class_axis: Axis of the classes, or None when every element is a term.
+        segments: The datum of each of the leading rows, where these are ragged. T is then the
+            largest number of positions of a datum; the others' missing positions hold zeros.
 
     Raises:
         UnsupportedError: If the data cannot be found.
     """
 
-    def __init__(self, shape: torch.Size, batch: int, batch_axis: int, class_axis: int | None):
-        if not shape or shape[0] % batch:
+    def __init__(
+        self,
+        shape: torch.Size,
+        batch: int,
+        batch_axis: int,
+        class_axis: int | None,
+        segments: Segments | None = None,
+    ):
+        if not shape or (segments is None and shape[0] % batch):
             raise UnsupportedError(
                 f"The loss's input has shape {tuple(shape)}; its leading size is no multiple of the "
                 f"batch size {batch} of the model's input, so its rows cannot be told apart by "
                 "datum. Keep the data on the leading axis, e.g. logits.view(N * T, C)."
             )
         self.shape, self.batch, self.batch_axis = shape, batch, batch_axis
-        self.class_axis = class_axis
+        self.class_axis, self.segments = class_axis, segments
+
+    def of_terms(self, shape: torch.Size) -> Layout:
+        """Return the layout of a tensor without the class axis."""
+        return Layout(shape, self.batch, self.batch_axis, None, self.segments)
+
+    @property
+    def _rows(self) -> int:
+        """The number of (padded) rows of a datum."""
+        return self.shape[0] // self.batch if self.segments is None else self.segments.width
 
     def split(self, t: Tensor) -> Tensor:
         """Bring ``[v, *shape]`` to ``[v, N, T, C]`` (C = 1 without classes)."""
@@ -84,19 +106,23 @@ class Layout:
 
     def join(self, t: Tensor) -> Tensor:
         """Bring ``[v, N, T, C]`` back to ``[v, *shape]``."""
-        v, k = t.shape[0], self.shape[0] // self.batch
+        v, k = t.shape[0], self._rows
         rest = list(self.shape[1:])
         if self.class_axis is not None:
             classes = rest.pop(self.class_axis - 1)
             t = t.reshape(v, self.batch, k, *rest, classes).movedim(-1, 2 + self.class_axis)
         else:
             t = t.reshape(v, self.batch, k, *rest)
+        if self.segments is not None:
+            return self.segments.unpad(t, 1)
         if self.batch_axis == 1:
             t = t.transpose(1, 2)
         return t.reshape(v, *self.shape)
 
     def _lead(self, t: Tensor) -> Tensor:
-        k = self.shape[0] // self.batch
+        if self.segments is not None:
+            return self.segments.pad(t, 1)
+        k = self._rows
         if self.batch_axis == 1:
             return t.unflatten(1, (k, self.batch)).transpose(1, 2)
         return t.unflatten(1, (self.batch, k))
@@ -168,8 +194,7 @@ class CrossEntropyRule(LossRule):
     def _terms(self, module, z, y, layout):
         """Term factors as ``[N, T]``."""
         factors = self.term_factors(module, z, y)
-        rows = Layout(factors.shape, layout.batch, layout.batch_axis, None)
-        return rows.split(factors.unsqueeze(0))[0, ..., 0]
+        return layout.of_terms(factors.shape).split(factors.unsqueeze(0))[0, ..., 0]
 
     def sample(self, module, z, y, generator):
         """``sqrt(w) (q - e_y)`` with y drawn from q, for each term on its own."""
@@ -294,6 +319,8 @@ class LossCall:
         self.y, self._y_version = y.detach(), y._version
         self.target_requires_grad = y.requires_grad
         self.start: GradientEdge | None = edge_of(z)
+        # the block in which the layers behind the loss were called, known in the backward pass
+        self.sharing: sharing | None = None
 
     @property
     def label(self) -> str:
@@ -341,6 +368,13 @@ class LossCall:
         """Return r."""
         return self.rule.scale(self.module, self._logits(), self.y)
 
+    def gradient(self) -> Tensor:
+        """Return the loss's gradient with respect to its input: zero where no term counts."""
+        with torch.enable_grad():
+            z = self._logits().clone().requires_grad_()
+            # not through the module's hooks: this is no call of the user's
+            return torch.autograd.grad(self.module.forward(z, self.y).sum(), z)[0]
+
     def _logits(self) -> Tensor:
         """Logits in float32 or above: roots of probabilities need the digits."""
         z = self.z
@@ -349,12 +383,19 @@ class LossCall:
     def layout(self, batch: int) -> Layout:
         """Return how the data are laid out in the logits."""
         class_axis = 1 if isinstance(self.rule, CrossEntropyRule) else None
-        return Layout(self.z.shape, batch, self.batch_axis, class_axis)
+        segments = None
+        if self.sharing is not None:
+            size = self.z.shape[:1].numel()
+            segments = self.sharing.of_loss(size, batch, self.batch_axis)
+        return Layout(self.z.shape, batch, self.batch_axis, class_axis, segments)
 
     def columns(self, batch: int) -> int:
         """Return the number of columns of the exact root."""
-        self.layout(batch)
-        return self.rule.columns(self.module, self.z, self.y, batch)
+        segments = self.layout(batch).segments
+        if segments is None:
+            return self.rule.columns(self.module, self.z, self.y, batch)
+        # those of a single row, for each row of the datum that has most
+        return segments.width * self.rule.columns(self.module, self.z, self.y, segments.length)
 
     def exact(self, batch: int, start: int, stop: int) -> Tensor:
         """Return columns of the exact root, ``[v, *z.shape]``, without r."""

@@ -24,7 +24,8 @@ class Pending:
     def add_small(self, site: Site, g: Tensor) -> bool:
         """Have a layer's vectors wait for those of layers like it, if the layer is small."""
         x = site.x
-        if x is None:
+        # layers in a `sharing` block may be read differently although their shapes are equal
+        if x is None or site.sharing is not None:
             return False
         size = g.numel() + x.numel()
         if size > self.SMALL:

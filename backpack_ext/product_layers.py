@@ -20,6 +20,7 @@ from backpack_ext.products import (
     rule_for,
 )
 from backpack_ext.reading import Reading
+from backpack_ext.sharing import sharing
 from backpack_ext.site import Site
 
 
@@ -73,6 +74,7 @@ def product_sites(
     readers: Mapping[tuple[Node, int], Sequence[Node]],
     N: int,
     batch_axis: int,
+    context: sharing | None,
     made: dict[tuple, Site],
 ) -> dict[Site, GradientEdge]:
     """Return a Site for each part of a parameter in each product, with the product's edge.
@@ -82,6 +84,7 @@ def product_sites(
         readers: The graph, downwards.
         N: Number of data.
         batch_axis: Of the model.
+        context: The `sharing` block of the forward pass, if in one.
         made: The Sites made in this backward pass, by what they stand for; grows.
     """
     layers: dict[Node, list[_Layer]] = {}
@@ -107,7 +110,7 @@ def product_sites(
         for layer in parts:
             key = _key(layer)
             if key not in made:
-                made[key] = _site(layer, inputs[node], N, batch_axis)
+                made[key] = _site(layer, inputs[node], N, batch_axis, context)
             sites[made[key]] = GradientEdge(node, 0)
     return sites
 
@@ -116,7 +119,7 @@ def _key(layer: _Layer) -> tuple:
     return layer.product.node, id(layer.owner.p), layer.part
 
 
-def _site(layer: _Layer, a: Tensor, N: int, batch_axis: int) -> Site:
+def _site(layer: _Layer, a: Tensor, N: int, batch_axis: int, context: sharing | None) -> Site:
     p, product = layer.owner.p, layer.product
     parameters, parts = {"weight": p}, {}
     if layer.groups > 1:
@@ -133,6 +136,9 @@ def _site(layer: _Layer, a: Tensor, N: int, batch_axis: int) -> Site:
     owner = layer.owner
     arguments = (owner.module, owner.name, rule, parameters, a, N, batch_axis, output, owner.checks)
     site = Site(*arguments, parts=parts)
+    site.sharing, site.segments = context, product.reading.rows
+    if context is not None and context.kind == "mask" and isinstance(owner.module, nn.RNNBase):
+        context.refuse_steps(site)
     site.note = Note(product.left, product.reading, layer.start, layer.start + layer.size)
     return site
 

@@ -159,7 +159,7 @@ def find_product(
         axis = 2 * dims - 3 - axis
     if axis == dims - 1:
         return None  # the data are along the features
-    reading = Reading(axis, reading.first)
+    reading = reading._replace(axis=axis)
     child = node.next_functions[entry][0]
     shape = torch.Size(child._input_metadata[output].shape)
     key = ("selection", left, shape, *_signature(child, output, rest))

@@ -13,6 +13,7 @@ from backpack_ext.errors import RecordingError, UnsupportedError
 
 if TYPE_CHECKING:
     from backpack_ext.rules.base import Rule
+    from backpack_ext.sharing import Segments, sharing
 
 # How many live Sites use a parameter, by id, or by id and part. A Site holds its module, hence its
 # parameters, so an id cannot be reused while it is counted. A count of one means: this call is all
@@ -57,6 +58,8 @@ class Site:
             what was found wrong, as ``"error"``.
         parts: By role, which part of a parameter this call uses, as ``(k, G)``: rows k of G equal
             groups of rows (attention's ``in_proj_weight`` is three layers). Empty: the whole.
+        sharing: The `sharing` block of the call, if in one.
+        segments: What its rows were read by in that block; None if plainly, or not yet.
     """
 
     __slots__ = (
@@ -78,6 +81,8 @@ class Site:
         "parameters",
         "parts",
         "rule",
+        "segments",
+        "sharing",
         "x",
     )
 
@@ -108,6 +113,8 @@ class Site:
         self.broadcast = False
         self.checks = checks
         self.parts = parts
+        self.sharing: sharing | None = None
+        self.segments: Segments | None = None
         self.note = None if rule is None else rule.note(module)
         self._live = True
         for key in self._keys():
@@ -122,9 +129,10 @@ class Site:
         return f"{self.name or '(root)'} ({type(self.module).__name__})"
 
     @property
-    def reading(self) -> tuple[int, bool]:
-        """How the rows are read: the output's dimensions, and whether it leads with the data."""
-        return len(self.out_shape), self.out_shape[:1] == (self.batch,)
+    def reading(self) -> tuple[int, bool, str | None]:
+        """How rows are read: the output's dimensions, whether it leads with the data, by what."""
+        kind = None if self.sharing is None else self.sharing.kind
+        return len(self.out_shape), self.out_shape[:1] == (self.batch,), kind
 
     @property
     def looked_up(self) -> bool:
@@ -190,6 +198,8 @@ class Site:
             lead = t.shape[: t.dim() - features]
             t = t.reshape(1, lead.numel(), *t.shape[len(lead) :])
             return t.expand(self.batch, *t.shape[1:])
+        if self.sharing is not None:
+            return self._split(t.unsqueeze(0), features)[0]
         N = self.batch
         if self.batch_axis == 0 and t.dim() > features and N and t.shape[0] % N == 0:
             return t.reshape(N, -1, *t.shape[t.dim() - features :])
@@ -210,6 +220,12 @@ class Site:
                 f"{self.label}: the input has no batch axis (shape {tuple(t.shape[1:])}). Add one: "
                 "per-datum quantities need it even for a single datum."
             )
+        if self.sharing is not None:
+            rows = axis if axis < lead else 0
+            self.segments = self.sharing.segments_of(self, shape[rows])
+            if self.segments is not None:
+                padded = self.segments.pad(t.movedim(1 + rows, 1), 1)
+                return padded.flatten(2, 1 + lead)
         if axis == 0 and shape[0] % N == 0:
             return t.reshape(v, N, -1, *feature_shape)
         if axis < lead and shape[axis] == N:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import OneHot, bias_per_sample, cat_inputs, per_sample
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
@@ -27,7 +28,7 @@ class Unit:
         scale: ``r c``, the factor between the loss's terms and the total (1 where unknown).
     """
 
-    __slots__ = ("_a", "_b", "cotangents", "parameters", "rule", "scale", "sites")
+    __slots__ = ("_a", "_b", "_existing", "cotangents", "parameters", "rule", "scale", "sites")
 
     def __init__(
         self, sites: Sequence[Site], cotangents: Sequence[Tensor], rule: Rule, scale: float = 1.0
@@ -36,7 +37,7 @@ class Unit:
         site = sites[0]
         # trainable parameters by role
         self.parameters = site.parameters if rule is site.rule else rule.parameters(site.module)
-        self._a = self._b = None
+        self._a = self._b = self._existing = None
 
     @property
     def key(self) -> tuple:
@@ -77,17 +78,44 @@ class Unit:
     def a(self) -> Tensor | OneHot:
         """Inputs ``[g,n,s,i]`` (or one-hot inputs)."""
         if self._a is None:
-            self._a = join_inputs(self.sites, self.rule)
+            parts = [_with_group(_rule(site, self.rule).inputs(site), 3) for site in self.sites]
+            if self._in_sharing:
+                parts, self._existing = existing_inputs(self.sites, parts)
+            self._a = parts[0] if len(parts) == 1 else cat_inputs(parts)
             if self.cotangents and not isinstance(self._a, OneHot):
                 self._a = self._a.to(torch.promote_types(self._a.dtype, self.dtype))
         return self._a
+
+    @property
+    def _in_sharing(self) -> bool:
+        """Whether a call ran in a `sharing` block."""
+        for site in self.sites:  # noqa: SIM110 (a generator costs three times as much)
+            if site.sharing is not None:
+                return True
+        return False
+
+    @property
+    def existing(self) -> Tensor | None:
+        """Which positions exist, ``[n,s]``; None if all do. Where they do not, a and b are zero."""
+        # found with the inputs
+        return self._existing if self._in_sharing and self.a is not None else None
+
+    @property
+    def positions(self) -> int:
+        """Number of shared positions S."""
+        return self.a.shape[1] if isinstance(self.a, OneHot) else self.a.shape[2]
+
+    @property
+    def normalize(self) -> str:
+        """How KFAC-reduce treats positions if some do not exist, see `backpack_ext.sharing`."""
+        return next((s.sharing.normalize for s in self.sites if s.sharing is not None), "mean")
 
     @property
     def b(self) -> Tensor:
         """Vectors ``[g,v,n,s,o]``."""
         if self._b is None:
             calls = zip(self.sites, self.cotangents, strict=True)
-            parts = [_with_group(_rule(site, self.rule).cotangents(site, g), 4) for site, g in calls]
+            parts = [_vectors(_rule(site, self.rule), site, g) for site, g in calls]
             self._b = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).to(self.dtype)
         return self._b
 
@@ -119,10 +147,47 @@ class Unit:
         return self.rule.axes(self.module, role)
 
 
-def join_inputs(sites: Sequence[Site], rule: Rule) -> Tensor | OneHot:
-    """Return the inputs of all calls, ``[g,n,s,i]``, the calls concatenated along s."""
-    parts = [_with_group(_rule(site, rule).inputs(site), 3) for site in sites]
-    return parts[0] if len(parts) == 1 else cat_inputs(parts)
+def _vectors(rule: Rule, site: Site, g: Tensor) -> Tensor:
+    """Return the vectors of one call, ``[g,v,n,s,o]``, zero where no position exists."""
+    b = _with_group(rule.cotangents(site, g), 4)
+    existing = None if site.sharing is None else site.sharing.existing(site, b.shape[3])
+    return b if existing is None else b.masked_fill(~existing.to(b.device)[:, :, None], 0)
+
+
+def existing_inputs(
+    sites: Sequence[Site], parts: Sequence[Tensor | OneHot]
+) -> tuple[list[Tensor | OneHot], Tensor | None]:
+    """Zero the inputs at positions that do not exist.
+
+    Args:
+        sites: The calls of a layer.
+        parts: Their inputs ``[g,n,s,i]``, or one-hot inputs.
+
+    Returns:
+        The inputs, and which positions exist, ``[n,s]``, the calls concatenated along s; None if all.
+    """
+    found, masks, known = [], [], False
+    for site, a in zip(sites, parts, strict=True):
+        n, s = a.shape if isinstance(a, OneHot) else a.shape[1:3]
+        device = a.index.device if isinstance(a, OneHot) else a.device
+        existing = None if site.sharing is None else site.sharing.existing(site, s)
+        mask = torch.ones(n, s, dtype=torch.bool) if existing is None else existing
+        masks.append(mask.to(device))
+        found.append(a if existing is None else _existing(a, masks[-1]))
+        known = known or existing is not None
+    return found, torch.cat(masks, dim=1) if known else None
+
+
+def _existing(a: Tensor | OneHot, existing: Tensor) -> Tensor | OneHot:
+    if isinstance(a, OneHot):
+        if a.bags is not None:
+            raise UnsupportedError(
+                "sharing: an EmbeddingBag's rows are bags, of which each datum must have one in a "
+                "`sharing` block. Use an Embedding and a sum, or give its path None: "
+                "{'': ..., PATH: None}."
+            )
+        return OneHot(a.index, a.size, existing if a.mask is None else a.mask & existing)
+    return a.masked_fill(~existing[:, :, None], 0)  # also what is not a number
 
 
 def _rule(site: Site, rule: Rule) -> Rule:
