@@ -438,6 +438,9 @@ class BackwardPass(Receiver):
                     continue  # reported by check_coverage
                 if rule not in units:
                     units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
+                    if len(extensions) > 1 and sum(other.forms_grads for other in extensions) > 1:
+                        for unit in units[rule]:
+                            unit.keeps_grads = True
                 if _sink is None:
                     # an old result makes room for the new one: less memory, and none of it fresh
                     for unit in units[rule]:

@@ -58,6 +58,8 @@ class Extension(BackpropExtension):
     vectors: Vectors
     # Per-sample rows must depend on their own datum alone; False where coupling is harmless.
     needs_independent_samples = True
+    # Whether it forms the per-sample vectors of a weight with shared positions, which others may use.
+    forms_grads = False
     # Results scale with loss ** power: how batches of a data set are put on one scale.
     power = 1
 

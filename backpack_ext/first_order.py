@@ -56,7 +56,16 @@ class PerSample(Extension):
             elif role == "bias":
                 entry.add(self._placed(self.of_grads(normal.bias_per_sample(unit.b)), unit, role))
             else:
-                entry.add(self._placed(self.of_weight(unit.a, unit.b), unit, role))
+                G = unit.weight_grads
+                if G is None or not self.takes_grads(unit.a, unit.b):
+                    value = self.of_weight(unit.a, unit.b)
+                else:
+                    value = self.of_grads(G)
+                entry.add(self._placed(value, unit, role))
+
+    def takes_grads(self, a: Tensor, b: Tensor) -> bool:
+        """Whether per-sample vectors that others have formed are of use."""
+        return True
 
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
         """Treat layers of equal shape as the groups of one layer."""
@@ -167,6 +176,8 @@ class BatchGrad(PerSample):
         tensor([2., 8.])
     """
 
+    forms_grads = True
+
     def __init__(
         self,
         subsampling: Sequence[int] | None = None,
@@ -247,6 +258,7 @@ class BatchDotGrad(PerSample):
 
     per_entry = False
     power = 2
+    forms_grads = True
 
     def __init__(self, savefield: str = "batch_dot", unsupported: str = "raise"):
         super().__init__(savefield, unsupported)
@@ -254,6 +266,11 @@ class BatchDotGrad(PerSample):
     def of_weight(self, a, b):
         """``sum_oi G_n G_m``, through a Gram product where that is cheaper."""
         return normal.dots(a, b)[:, 0]
+
+    def takes_grads(self, a, b):
+        """Unless the Gram route is cheaper even so."""
+        s, i, o = a.shape[2], a.shape[3], b.shape[4]
+        return s * s * (i + o) >= i * o
 
     def of_grads(self, G):
         """``sum_oi G_n G_m``."""
@@ -281,6 +298,7 @@ class SumGradSquared(PerSample):
     """
 
     power = 2
+    forms_grads = True
 
     def __init__(self, savefield: str = "sum_grad_squared", unsupported: str = "raise"):
         super().__init__(savefield, unsupported)
@@ -306,6 +324,8 @@ class Variance(PerSample):
         savefield: Attribute of the parameters that receives the result.
         unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
     """
+
+    forms_grads = True
 
     def __init__(self, savefield: str = "variance", unsupported: str = "raise"):
         super().__init__(savefield, unsupported)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext.errors import UnsupportedError
-from backpack_ext.normal import OneHot, bias_per_sample, cat_inputs, per_sample
+from backpack_ext.normal import CHUNK, OneHot, bias_per_sample, cat_inputs, per_sample
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
@@ -28,7 +28,10 @@ class Unit:
         scale: ``r c``, the factor between the loss's terms and the total (1 where unknown).
     """
 
-    __slots__ = ("_a", "_b", "_existing", "cotangents", "parameters", "rule", "scale", "sites")
+    __slots__ = (
+        "_G", "_a", "_b", "_existing", "cotangents", "keeps_grads", "parameters", "rule", "scale",
+        "sites",
+    )  # fmt: skip
 
     def __init__(
         self, sites: Sequence[Site], cotangents: Sequence[Tensor], rule: Rule, scale: float = 1.0
@@ -37,7 +40,9 @@ class Unit:
         site = sites[0]
         # trainable parameters by role
         self.parameters = site.parameters if rule is site.rule else rule.parameters(site.module)
-        self._a = self._b = self._existing = None
+        self._a = self._b = self._existing = self._G = None
+        # whether several extensions will ask for `weight_grads`
+        self.keeps_grads = False
 
     @property
     def key(self) -> tuple:
@@ -118,6 +123,22 @@ class Unit:
             parts = [_vectors(_rule(site, self.rule), site, g) for site, g in calls]
             self._b = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).to(self.dtype)
         return self._b
+
+    @property
+    def weight_grads(self) -> Tensor | None:
+        """The per-sample vectors ``G[v,n,g,o,i]`` of the weight, formed once for all extensions.
+
+        None where several extensions do not need them, where a layer's few positions make other ways
+        cheaper, or where they are too large to be kept.
+        """
+        if not self.keeps_grads or self.rule.elementwise or isinstance(self.a, OneHot):
+            return None
+        if self._G is None:
+            (g, v, n, s, o), i = self.b.shape, self.a.shape[-1]
+            if s == 1 or g * v * n * o * i > CHUNK:
+                return None
+            self._G = per_sample(self.a, self.b)
+        return self._G
 
     def grads(self, role: str) -> Tensor:
         """Return the per-sample vectors ``sum_s b a`` of a parameter, ``[v,n,*parameter.shape]``."""
