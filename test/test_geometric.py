@@ -27,6 +27,7 @@ from backpack_ext import (
     backpack,
     extend,
     register_rule,
+    sharing,
 )
 from backpack_ext.rules import RULES, base
 from curvature import DenseBlock, Kronecker
@@ -258,4 +259,66 @@ def test_graphs_of_different_sizes_without_a_rule(conv):
 
 
 # -- graphs of different sizes, whose rows are told apart by segments -------------------------------
-# (tests of `sharing(segments=...)` go here)
+
+
+def ragged_graphs(conv: str) -> tuple[nn.Module, list[Data], Tensor]:
+    """Three graphs of 5, 7 and 4 nodes."""
+    torch.manual_seed(0)
+    model, target = randomized(DataGraphs(conv)).double(), torch.randint(CLASSES, (3,))
+    graphs = [
+        Data(x=torch.randn(size, D).double(), edge_index=edges)
+        for size, edges in zip((5, 7, 4), EDGES, strict=True)
+    ]
+    return model, graphs, target
+
+
+def run_shared(model: nn.Module, batch: Batch, target: Tensor, *exts) -> None:
+    loss_fn = extend(nn.CrossEntropyLoss(reduction="sum"))
+    extend(model)
+    with backpack(*exts), sharing(segments=batch.batch):
+        loss_fn(model(batch), target).backward()
+
+
+@every_conv
+def test_segments(conv):
+    """All quantities of a batch of graphs, each graph alone being the reference."""
+    model, graphs, target = ragged_graphs(conv)
+    named = dict(model.named_parameters())
+    G, blocks = [], dict.fromkeys(named, 0)
+    for n, graph in enumerate(graphs):
+        z = model(Batch.from_data_list([graph]))
+        loss = nn.functional.cross_entropy(z, target[n : n + 1], reduction="sum")
+        G.append(torch.autograd.grad(loss, named.values(), retain_graph=True))
+        q = z[0].detach().softmax(0)
+        J = [torch.autograd.grad(z[0, c], named.values(), retain_graph=True) for c in range(CLASSES)]
+        for key, columns in zip(named, zip(*J, strict=True), strict=True):
+            j = torch.stack(columns).flatten(1)
+            blocks[key] = blocks[key] + j.T @ (q.diag() - q.outer(q)) @ j
+    exts = BatchGrad(), BatchL2Grad(), DiagGGN(), KFAC("reduce", "exact"), KFAC(savefield="k_mc")
+    run_shared(model, Batch.from_data_list(graphs), target, *exts)
+    for (key, p), rows_of_p in zip(named.items(), zip(*G, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(rows_of_p))
+        close(p.batch_l2, torch.stack(rows_of_p).flatten(1).square().sum(1))
+        close(p.diag_ggn_exact.flatten(), blocks[key].diagonal())
+        if p.dim() == 1:  # biases, and GIN's eps: exact in reduce
+            close(p.kfac.to_dense(), blocks[key])
+        else:
+            assert isinstance(p.kfac, Kronecker) and isinstance(p.k_mc, Kronecker)
+
+
+@every_conv
+@pytest.mark.parametrize("approx", FIELDS)
+def test_segments_add_up_over_graphs(conv, approx):
+    """B is a sum over graphs, A a mean over nodes (expand) or graphs (reduce)."""
+    model, graphs, target = ragged_graphs(conv)
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    alone = []
+    for n, graph in enumerate(graphs):
+        run_shared(model, Batch.from_data_list([graph]), target[n : n + 1], KFAC(approx, "exact"))
+        alone.append([p.kfac for p in weights])
+    run_shared(model, Batch.from_data_list(graphs), target, KFAC(approx, "exact"))
+    for p, *parts in zip(weights, *alone, strict=True):
+        total = parts[0] + parts[1] + parts[2]
+        assert p.kfac.rows == total.rows
+        close(p.kfac.B, total.B)
+        close(p.kfac.A, total.A)

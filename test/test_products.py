@@ -23,6 +23,7 @@ from backpack_ext import (
     Variance,
     backpack,
     extend,
+    sharing,
 )
 from curvature import Axes, DenseBlock, Kronecker, KroneckerEigen, KroneckerSum
 
@@ -641,3 +642,106 @@ def test_a_model_without_a_ruled_layer():
     with backpack(BatchGrad()):  # without a loss module
         F.cross_entropy(model(x), target, reduction="sum").backward()
     close(model.v.grad_batch, torch.stack([row[0] for row in rows]))
+
+
+# -- ragged data -----------------------------------------------------------------------------------
+
+LENGTHS = (5, 2, 4)
+
+
+class Encoder(nn.Module):
+    """A padded encoder, a mean over the tokens that exist, and a head without a module."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"dropout": 0.0, "batch_first": True}
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, **options)
+        self.w, self.b = nn.Parameter(torch.zeros(C, 6)), nn.Parameter(torch.zeros(C))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        z = self.encoder(x, src_key_padding_mask=~mask) * mask[..., None]
+        return F.linear(z.sum(1) / mask.sum(1, keepdim=True), self.w, self.b)
+
+
+class Rows(nn.Module):
+    """Rows of several data, their sums, and no ruled layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.c = nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(8))
+        self.u, self.w = nn.Parameter(torch.zeros(8, 7)), nn.Parameter(torch.zeros(C, 7))
+
+    def forward(self, x: Tensor, segments: Tensor) -> Tensor:
+        z = F.linear(x, self.v, self.c).tanh() @ self.u
+        n = int(segments.max()) + 1
+        return F.linear(z.new_zeros(n, 7).index_add(0, segments, z).sin(), self.w)
+
+
+def padded() -> tuple[nn.Module, tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]], dict]:
+    """Return a model, its padded input, each datum's own input, and what `sharing` is told."""
+    model, x = Encoder().double(), torch.randn(3, 5, 6).double()
+    mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+    each = [(x[n : n + 1, :s], mask[n : n + 1, :s]) for n, s in enumerate(LENGTHS)]
+    return model, (x, mask), each, {"mask": mask}
+
+
+def ragged() -> tuple[nn.Module, tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]], dict]:
+    """Likewise for rows in any order."""
+    model, x = Rows().double(), torch.randn(sum(LENGTHS), 6).double()
+    owner = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))[torch.randperm(len(x))]
+    each = [(x[owner == n], torch.zeros(s, dtype=torch.long)) for n, s in enumerate(LENGTHS)]
+    return model, (x, owner), each, {"segments": owner}
+
+
+@pytest.mark.parametrize("build_it", [padded, ragged])
+def test_products_of_ragged_data(build_it):
+    """Each datum alone, without padding, is the reference."""
+    torch.manual_seed(0)
+    model, inputs, each, told = build_it()
+    for p in model.parameters():
+        nn.init.normal_(p, 0.1, 0.4)
+    target = torch.randint(C, (3,))
+    named = dict(model.named_parameters())
+    G, exact, alone = [], dict.fromkeys(named, 0), []
+    for n, datum in enumerate(each):
+        loss = F.cross_entropy(model(*datum), target[n : n + 1], reduction="sum")
+        G.append(torch.autograd.grad(loss, list(named.values())))
+        for key, block in ggn_blocks(model, *datum).items():
+            exact[key] = exact[key] + block
+    kfacs = [KFAC(approx, "exact", savefield=f"k_{approx}") for approx in ("expand", "reduce")]
+    loss_fn = extend(nn.CrossEntropyLoss(reduction="sum"))
+    extend(model)
+    for n, datum in enumerate(each):
+        one = {"mask": datum[1]} if "mask" in told else {"segments": datum[1]}
+        with backpack(*kfacs), sharing(**one):
+            loss_fn(model(*datum), target[n : n + 1]).backward()
+        alone.append({key: (p.k_expand, p.k_reduce) for key, p in named.items()})
+    with backpack(BatchGrad(), DiagGGN(), *kfacs), sharing(**told):
+        loss_fn(model(*inputs), target).backward()
+    for (key, p), rows in zip(named.items(), zip(*G, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(rows))
+        close(p.diag_ggn_exact.flatten(), exact[key].diagonal())
+        if "norm" in key:
+            continue
+        for k, block in enumerate((p.k_expand, p.k_reduce)):
+            assert isinstance(block, Kronecker)
+            total = alone[0][key][k] + alone[1][key][k] + alone[2][key][k]
+            close(block.B, total.B)
+            close(block.A, total.A)
+            if p.dim() == 2:
+                assert block.rows == total.rows
+        if p.dim() == 1 and block.groups == 1:
+            close(p.k_reduce.to_dense(), exact[key])
+
+
+def test_steps_are_no_positions_of_a_mask():
+    model, x, y, target = build("GRU")
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    loss_fn = extend(nn.CrossEntropyLoss())
+    extend(model)
+    message = r"steps a mask does not tell apart.*'body\.inner': None"
+    with pytest.raises(UnsupportedError, match=message), backpack(KFAC()), sharing(mask=mask):
+        loss_fn(model(x, y), target).backward()
+    with backpack(KFAC()), sharing(mask={"": mask, "body.inner": None}):
+        loss_fn(model(x, y), target).backward()
+    assert isinstance(model.body.inner.weight_hh_l0.kfac, Kronecker)
