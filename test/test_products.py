@@ -493,6 +493,38 @@ def test_stacked_and_bidirectional():
             close(p.kfac.to_dense(), exact[key])
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_packed_sequences(whole: bool):
+    """The data are apart behind the module only: dense blocks, and exact."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, C)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            options = {"batch_first": True, "enforce_sorted": False}
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, **options)
+            states, last = self.inner(packed)
+            if whole:
+                states, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True)
+                return self.head(states.sum(1))
+            return self.head(last[-1])
+
+    torch.manual_seed(0)
+    model, x, lengths = Packed().double(), torch.randn(4, 5, 6).double(), torch.tensor([5, 2, 4, 4])
+    target = torch.randint(C, (4,))
+    losses = F.cross_entropy(model(x, lengths), target, reduction="none")
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    exact = ggn_blocks(model, x, lengths)
+    run(model, (x, lengths), target, BatchGrad(), DiagGGN(), KFAC(fisher="exact"))
+    for (key, p), column in zip(model.named_parameters(), zip(*rows, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(column))
+        close(p.diag_ggn_exact.flatten(), exact[key].diagonal())
+        if "inner" in key:
+            close(p.kfac.to_dense(), exact[key])
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_transformer_layers(norm_first: bool):
     torch.manual_seed(0)
