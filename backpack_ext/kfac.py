@@ -42,6 +42,11 @@ class KFAC(Extension):
     two biases, gets a `curvature.KroneckerSum`, without cross terms. An embedding's A is diagonal,
     also in reduce and for bags of tokens, where that drops the off-diagonal entries of ``a a^T``.
 
+    Weights that no rule covers but that enter matrix products with the data (of attention, recurrent
+    modules, functional calls) are layers too. A weight whose rows several products share is
+    block-diagonal over these: attention's ``in_proj_weight`` has three groups, ``B[3,o,o]`` and
+    ``A[3,i,i]``.
+
     Objects share memory: a bias's B is its weight's, and factors of small layers are parts of one
     tensor. Change them out of place, or `clone` them.
 
