@@ -671,10 +671,10 @@ def test_a_batch_of_one_is_a_part_of_a_data_set(approx: str, cut: tuple[int, ...
         close(expected[name].to_dense(), exact[name])
     loader = zip(x.split(cut), target.split(cut), strict=True)
     loss_fn = extend(nn.CrossEntropyLoss(reduction="sum"))
-    dataset.collect(model, loss_fn, loader, kfac, progress=False)
-    for key, p in model.named_parameters():
-        assert type(p.kfac) is type(expected[key]) is (DenseBlock if key in "uv" else Kronecker)
-        close(p.kfac.to_dense(), expected[key].to_dense())
+    found = dataset.collect(model, loss_fn, loader, kfac, progress=False)["kfac"]
+    for key, block in found.items():
+        assert type(block) is type(expected[key]) is (DenseBlock if key in "uv" else Kronecker)
+        close(block.to_dense(), expected[key].to_dense())
 
 
 class Scaled(nn.Module):
@@ -712,3 +712,38 @@ def test_factors_of_products_and_biases(N: int, factors: tuple[float, ...]):
 def order_free(p: nn.Parameter) -> Tensor:
     """Return a parameter's block over ``p.flatten()``, products with unit vectors."""
     return p.kfac.matvec(torch.eye(p.numel(), dtype=p.dtype).unflatten(1, p.shape)).flatten(1)
+
+
+class Lookalikes(nn.Module):
+    """Weights and biases that are almost those of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"w": (6, 4), "b": (4,), "v": (4, 4), "c": (4,), "h": (2, 2, 3)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ self.w
+        z = (z + self.b).tanh() + z.sin()  # the product is read elsewhere too
+        z = (z @ self.v + self.c.view(2, 2).T.flatten()).tanh()  # in another order
+        # two heads, the same for each of three positions: [(t h), n, 2] @ [(t h), 2, 3]
+        heads = z.unflatten(2, (2, 2)).permute(1, 2, 0, 3).flatten(0, 1)
+        return torch.bmm(heads, self.h.expand(3, 2, 2, 3).flatten(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("N", [2, 4])
+def test_what_is_not_quite_a_layer_has_dense_blocks(N: int):
+    torch.manual_seed(0)
+    model, x = Net(Lookalikes(), 3).double(), torch.randn(N, 3, 6).double()
+    target = torch.arange(N) % C
+    losses = F.cross_entropy(model(x), target, reduction="none")
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    exact = ggn_blocks(model, x)
+    run(model, (x,), target, BatchGrad(), DiagGGN(), KFAC(fisher="exact"))
+    for (key, p), column in zip(model.named_parameters(), zip(*rows, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(column))
+        close(p.diag_ggn_exact.flatten(), exact[key].diagonal())
+        assert isinstance(p.kfac, Kronecker) == (key in ("body.w", "body.v", "head.weight", "head.bias"))
+        if isinstance(p.kfac, DenseBlock):
+            close(p.kfac.to_dense(), exact[key])
