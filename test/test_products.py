@@ -747,3 +747,44 @@ def test_what_is_not_quite_a_layer_has_dense_blocks(N: int):
         assert isinstance(p.kfac, Kronecker) == (key in ("body.w", "body.v", "head.weight", "head.bias"))
         if isinstance(p.kfac, DenseBlock):
             close(p.kfac.to_dense(), exact[key])
+
+
+ALMOST = {  # of sizes w [4, 6], v [8, 6], b [4], c [4], e [8]; and which have Kronecker factors
+    "added twice": (lambda m, x: F.linear(x, m.w, m.b) + m.b, "w"),
+    "two biases": (lambda m, x: F.linear(x, m.w, m.b) + m.c, "wc"),
+    "a bias of data": (lambda m, x: (m.w @ x.T + m.b).T, "w"),
+    "a part of a weight": (lambda m, x: F.linear(x, m.v[:4], m.b), ""),
+    "a part of a bias": (lambda m, x: F.linear(x, m.w, m.e[:4]), "w"),
+}
+
+
+@pytest.mark.parametrize("case", ALMOST)
+def test_almost_biases(case: str):
+    torch.manual_seed(0)
+
+    class Almost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, size in {"w": (4, 6), "v": (8, 6), "b": (4,), "c": (4,), "e": (8,)}.items():
+                self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ALMOST[case][0](self, x[:, 0]).tanh()[:, None]
+
+    model, x, target = Net(Almost(), 4).double(), torch.randn(4, 1, 6).double(), torch.arange(4) % C
+    named = dict(model.named_parameters())
+    losses = F.cross_entropy(model(x), target, reduction="none")
+    rows = [
+        torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        for loss in losses
+    ]
+    used = [k for k, g in zip(named, rows[0], strict=True) if g is not None]
+    for key in set(named) - set(used):
+        named[key].requires_grad_(False)
+    run(model, (x,), target, BatchGrad(), KFAC(fisher="exact"))
+    for key, column in zip(named, zip(*rows, strict=True), strict=True):
+        if key not in used:
+            continue
+        close(named[key].grad_batch, torch.stack(column))
+        found = isinstance(named[key].kfac, Kronecker)
+        assert found == (key.startswith("head") or key.removeprefix("body.") in ALMOST[case][1])
