@@ -117,7 +117,7 @@ def add_bare(
         if calls[id(p)]:
             cuts = [cut for cut in cuts if not _recorded(cut[0].node, p, readers)]
         products = [
-            find_product(edge.node, edge.output_nr, reading, route, p, known.readings)
+            find_product(edge.node, edge.output_nr, reading, route, p, N, known.readings)
             for edge, reading, route in cuts
         ]
         checks = known.checks if checked else NoChecks()

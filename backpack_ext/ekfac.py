@@ -252,8 +252,8 @@ def _decompose(
         if isinstance(block, KroneckerSum):
             raise UnsupportedError(
                 f"EKFAC: {layer.label} shares a parameter with a layer that uses it in another role "
-                "(an embedding tied to a head?), and a sum of Kronecker products has no factored "
-                "eigenbasis. Use KFAC there."
+                "(an embedding tied to a head?) or with another bias, and a sum of Kronecker products "
+                "has no factored eigenbasis. Use KFAC there."
             )
     if layer.parts:
         bases = {}

@@ -507,8 +507,9 @@ def _sum(one: Block, other: Block, parameter: nn.Parameter) -> Block:
     if type(one) is type(other):
         return one + other
     raise UnsupportedError(
-        f"KFAC: a parameter of shape {tuple(parameter.shape)} is used both by a norm and by another "
-        "kind of layer; their blocks have no common form."
+        f"KFAC: a parameter of shape {tuple(parameter.shape)} is used both by a layer whose block has "
+        "Kronecker factors and by a norm, or in a way without a rule, whose block has none; their sum "
+        "has no common form."
     )
 
 

@@ -134,7 +134,7 @@ class Product(NamedTuple):
 
 
 def find_product(
-    node: Node, index: int, reading: Reading, route: Route, p: nn.Parameter, known: dict
+    node: Node, index: int, reading: Reading, route: Route, p: nn.Parameter, N: int, known: dict
 ) -> Product | None:
     """Return the product that a cut is, if it is one.
 
@@ -144,6 +144,7 @@ def find_product(
         reading: Where the data are in the output.
         route: From the node to the parameter.
         p: The parameter.
+        N: Number of data.
         known: Selections that were worked out before; grows.
     """
     factors = PRODUCTS.get(node.name())
@@ -155,6 +156,11 @@ def find_product(
         return None
     left, dims = entry == factors.left, len(node._input_metadata[0].shape)
     axis = reading.axis
+    if N == 1 and reading.rows is None:
+        # A single datum's vectors do not tell where the data are, nor whether they are there at all.
+        if _selects_a_parameter(node.next_functions[factors.right if left else factors.left][0]):
+            return None  # two parameters met, as for more data
+        axis = 1 if left and dims == 2 else 0
     if left and axis >= dims - 2:  # of the transposed output
         axis = 2 * dims - 3 - axis
     if axis == dims - 1:
@@ -223,6 +229,13 @@ def _selection(
         if part.shape == matrix.shape and torch.equal(part, matrix) and int((found != 0).sum()) == o * i:
             return Selection(int(o), start, lead, transposed)
     return None
+
+
+def _selects_a_parameter(node: Node | None) -> bool:
+    """Whether a node returns nothing but entries of a parameter."""
+    while node is not None and (node.name() in SELECTIONS or node.name() == "ExpandBackward0"):
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), nn.Parameter)
 
 
 def _copied(node: Node, route: Route) -> bool:

@@ -22,6 +22,7 @@ from backpack_ext import (
     UnsupportedError,
     Variance,
     backpack,
+    dataset,
     extend,
     sharing,
 )
@@ -674,6 +675,155 @@ def test_a_model_without_a_ruled_layer():
     with backpack(BatchGrad()):  # without a loss module
         F.cross_entropy(model(x), target, reduction="sum").backward()
     close(model.v.grad_batch, torch.stack([row[0] for row in rows]))
+
+
+# -- almost products -------------------------------------------------------------------------------
+
+
+class Few(nn.Module):
+    """Products that a single datum's sizes and vectors do not tell apart from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(3, 5))
+        self.w, self.h = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(C, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ (self.u @ self.v)  # two parameters meet
+        z = (self.w @ z.tanh().flatten(0, 1).T).T  # on the left, the data's rows are columns
+        return F.linear(z.tanh().unflatten(0, x.shape[:2]).mean(1), self.h)
+
+
+@pytest.mark.parametrize("cut", [(4, 4, 1), (1, 4, 4), (1,) * 9])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_a_batch_of_one_is_a_part_of_a_data_set(approx: str, cut: tuple[int, ...]):
+    """Blocks have the same kind whatever the size of a batch."""
+    torch.manual_seed(0)
+    model, x, target = Few().double(), torch.randn(9, 5, 6).double(), torch.arange(9) % C
+    kfac, exact = KFAC(approx, "exact"), ggn_blocks(model, x)
+    run(model, (x,), target, kfac)
+    expected = {k: p.kfac for k, p in model.named_parameters()}
+    for name in ("u", "v"):
+        close(expected[name].to_dense(), exact[name])
+    loader = zip(x.split(cut), target.split(cut), strict=True)
+    loss_fn = extend(nn.CrossEntropyLoss(reduction="sum"))
+    found = dataset.collect(model, loss_fn, loader, kfac, progress=False)["kfac"]
+    for key, block in found.items():
+        assert type(block) is type(expected[key]) is (DenseBlock if key in "uv" else Kronecker)
+        close(block.to_dense(), expected[key].to_dense())
+
+
+class Scaled(nn.Module):
+    """Products with factors in front, and biases with factors of their own."""
+
+    def __init__(self, alpha: float, beta: float, gamma: float):
+        super().__init__()
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        sizes = {"w": (6, 4), "b": (4,), "v": (4, 4), "c": (4,)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.addmm(self.b, x[:, 0], self.w, alpha=self.alpha, beta=self.beta).tanh()
+        return torch.add(z @ self.v, self.c, alpha=self.gamma)[:, None]
+
+
+@pytest.mark.parametrize("factors", [(3.0, 1.0, 1.0), (1.0, 0.5, 1.0), (2.0, 3.0, 1.0), (1.0, 1.0, 0.5)])
+@pytest.mark.parametrize("N", [1, 4])
+def test_factors_of_products_and_biases(N: int, factors: tuple[float, ...]):
+    torch.manual_seed(0)
+    model, x = Net(Scaled(*factors), 4).double(), torch.randn(N, 1, 6).double()
+    target = torch.arange(N) % C
+    losses = F.cross_entropy(model(x), target, reduction="none")
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    exact = ggn_blocks(model, x)
+    run(model, (x,), target, BatchGrad(), DiagGGN(), KFAC(fisher="exact"))
+    for (key, p), column in zip(model.named_parameters(), zip(*rows, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(column))
+        close(p.diag_ggn_exact.flatten(), exact[key].diagonal())
+        if N == 1 or p.dim() == 1:  # one datum, one position
+            close(order_free(p), exact[key])
+
+
+def order_free(p: nn.Parameter) -> Tensor:
+    """Return a parameter's block over ``p.flatten()``, products with unit vectors."""
+    return p.kfac.matvec(torch.eye(p.numel(), dtype=p.dtype).unflatten(1, p.shape)).flatten(1)
+
+
+class Lookalikes(nn.Module):
+    """Weights and biases that are almost those of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"w": (6, 4), "b": (4,), "v": (4, 4), "c": (4,), "h": (2, 2, 3)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ self.w
+        z = (z + self.b).tanh() + z.sin()  # the product is read elsewhere too
+        z = (z @ self.v + self.c.view(2, 2).T.flatten()).tanh()  # in another order
+        # two heads, the same for each of three positions: [(t h), n, 2] @ [(t h), 2, 3]
+        heads = z.unflatten(2, (2, 2)).permute(1, 2, 0, 3).flatten(0, 1)
+        return torch.bmm(heads, self.h.expand(3, 2, 2, 3).flatten(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("N", [2, 4])
+def test_what_is_not_quite_a_layer_has_dense_blocks(N: int):
+    torch.manual_seed(0)
+    model, x = Net(Lookalikes(), 3).double(), torch.randn(N, 3, 6).double()
+    target = torch.arange(N) % C
+    losses = F.cross_entropy(model(x), target, reduction="none")
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    exact = ggn_blocks(model, x)
+    run(model, (x,), target, BatchGrad(), DiagGGN(), KFAC(fisher="exact"))
+    for (key, p), column in zip(model.named_parameters(), zip(*rows, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(column))
+        close(p.diag_ggn_exact.flatten(), exact[key].diagonal())
+        assert isinstance(p.kfac, Kronecker) == (key in ("body.w", "body.v", "head.weight", "head.bias"))
+        if isinstance(p.kfac, DenseBlock):
+            close(p.kfac.to_dense(), exact[key])
+
+
+ALMOST = {  # of sizes w [4, 6], v [8, 6], b [4], c [4], e [8]; and which have Kronecker factors
+    "added twice": (lambda m, x: F.linear(x, m.w, m.b) + m.b, "w"),
+    "two biases": (lambda m, x: F.linear(x, m.w, m.b) + m.c, "wc"),
+    "a bias of data": (lambda m, x: (m.w @ x.T + m.b).T, "w"),
+    "a part of a weight": (lambda m, x: F.linear(x, m.v[:4], m.b), ""),
+    "a part of a bias": (lambda m, x: F.linear(x, m.w, m.e[:4]), "w"),
+}
+
+
+@pytest.mark.parametrize("case", ALMOST)
+def test_almost_biases(case: str):
+    torch.manual_seed(0)
+
+    class Almost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, size in {"w": (4, 6), "v": (8, 6), "b": (4,), "c": (4,), "e": (8,)}.items():
+                self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ALMOST[case][0](self, x[:, 0]).tanh()[:, None]
+
+    model, x, target = Net(Almost(), 4).double(), torch.randn(4, 1, 6).double(), torch.arange(4) % C
+    named = dict(model.named_parameters())
+    losses = F.cross_entropy(model(x), target, reduction="none")
+    rows = [
+        torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        for loss in losses
+    ]
+    used = [k for k, g in zip(named, rows[0], strict=True) if g is not None]
+    for key in set(named) - set(used):
+        named[key].requires_grad_(False)
+    run(model, (x,), target, BatchGrad(), KFAC(fisher="exact"))
+    for key, column in zip(named, zip(*rows, strict=True), strict=True):
+        if key not in used:
+            continue
+        close(named[key].grad_batch, torch.stack(column))
+        found = isinstance(named[key].kfac, Kronecker)
+        assert found == (key.startswith("head") or key.removeprefix("body.") in ALMOST[case][1])
 
 
 # -- ragged data -----------------------------------------------------------------------------------
