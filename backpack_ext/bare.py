@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from backpack_ext.cuts import Data, Probe, answered, cuts_of, readers_of
-from backpack_ext.graph import Capture, Reach, sites_at, without_upstream
+from backpack_ext.cuts import Cuts, Data, Probe, answered, cuts_of, readers_of
+from backpack_ext.graph import Capture, Reach, without_upstream
 from backpack_ext.losses import Layout
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.product_layers import Found, product_sites
@@ -115,7 +115,7 @@ def add_bare(
             continue
         known = _known[p]
         if calls[id(p)]:
-            cuts = [cut for cut in cuts if not _recorded(cut[0].node, p, readers)]
+            cuts = _not_recorded(cuts, p, reach)
         products = [
             find_product(edge.node, edge.output_nr, reading, route, p, N, known.readings)
             for edge, reading, route in cuts
@@ -144,15 +144,20 @@ def add_bare(
         reach.sources[site] = get_gradient_edge(f.p)
 
 
-def _recorded(cut: Node, p: nn.Parameter, readers: dict[tuple[Node, int], list[Node]]) -> bool:
-    """Whether a cut is within a recorded call of a layer of the parameter."""
-    level = [cut]
-    for _ in range(8):  # operations within a layer: a product, reshapes, the addition of a bias
-        for node in level:
-            if any(q is p for site in sites_at(node) for q in site.parameters.values()):
-                return True
-        level = [r for node in level for r in readers.get((node, 0), ())]
-    return False
+def _not_recorded(cuts: Cuts, p: nn.Parameter, reach: Reach) -> Cuts:
+    """Return the cuts that belong to no recorded call: each call has the one nearest to its output."""
+    left = {edge.node for edge, _, _ in cuts}
+    for site, captures in reach.sites.items():
+        if all(q is not p for q in site.parameters.values()):
+            continue
+        level = [captures[0].edge.node]
+        for _ in range(8):  # operations within a layer: a product, reshapes, the addition of a bias
+            own = left.intersection(level)
+            if own:
+                left -= own
+                break
+            level = [child for node in level for child, _ in node.next_functions if child is not None]
+    return [cut for cut in cuts if cut[0].node in left]
 
 
 def _spread_errors(sites: Collection[Site]) -> None:

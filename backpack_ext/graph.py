@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -188,11 +188,6 @@ def without_upstream(start: Node, marked: Collection[Node]) -> set[Node]:
             found.add(node)
         behind[node] = upstream or node in marked
     return found
-
-
-def sites_at(node: Node) -> Sequence[Site]:
-    """Return the Sites whose output a node produced."""
-    return (node.metadata.get(TAG) if type(node) in _tagged else None) or ()
 
 
 def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:

@@ -122,6 +122,34 @@ def test_calls_by_hand_beside_a_module():
     assert isinstance(weight.kfac, Kronecker)
 
 
+@pytest.mark.parametrize("first", ["module", "hand"])
+def test_by_hand_before_and_behind_the_module(first: str):
+    """Each recorded call has one use of the weight to itself, the nearest."""
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.square = nn.Linear(I, I)
+
+        def forward(self, x: Tensor) -> Tensor:
+            steps = [self.square, lambda z: F.linear(z, self.square.weight)]
+            for step in steps if first == "module" else steps[::-1]:
+                x = step(x).tanh()
+            return x
+
+    torch.manual_seed(0)
+    model, x = Chain().double(), torch.rand(N, I).double()
+    weight, out = model.square.weight, model(x)
+    rows = [torch.autograd.grad(o.square().sum(), weight, retain_graph=True)[0] for o in out]
+    loss_fn = extend(nn.MSELoss(reduction="sum"))
+    extend(model)
+    for _ in range(2):
+        with backpack(BatchGrad()):
+            out = model(x)
+            loss_fn(out, torch.zeros_like(out)).backward()
+        close(weight.grad_batch, torch.stack(rows))
+
+
 class Unrolled(nn.Module):
     """A linear recurrent cell in a Python loop: ``h_t = W_i x_t + W_h h_(t-1)``, read out at the end."""
 
