@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from backpack_ext import normal
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.graph import Reach
-from backpack_ext.losses import Layout
+from backpack_ext.losses import Layout, probing_vector
 from backpack_ext.site import Site
 from backpack_ext.sweep import stream
 from backpack_ext.unit import Unit
@@ -55,15 +55,12 @@ def check_layers(
     unseen = [site for site in reach.sites if site.checks.get(site.reading, TRIES) and _checkable(site)]
     if not unseen:
         return False
-    pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
-    pattern = ((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)
+    pattern = probing_vector(like)
     if counted is not None:
         pattern = pattern * (counted() != 0)
     if layout is not None and not reach.coupled:
-        data = torch.arange(layout.batch, device=like.device)
-        for bit in range((layout.batch - 1).bit_length()):
-            for value in (0, 1):
-                _check_rows(start, reach, layout, pattern, (data >> bit) % 2 == value, set(unseen))
+        for chosen, seed in layout.halves(pattern):
+            _check_rows(start, reach, seed, chosen, set(unseen))
     moved = _check_gradients(start, reach, pattern, {id(p) for s in unseen for p in _parameters(s)})
     for site in unseen:  # where only zeros arrived, nothing was seen; but some layers stay dead
         left = site.checks.get(site.reading, TRIES) - 1
@@ -71,10 +68,8 @@ def check_layers(
     return any(site.error is not None for site in unseen)
 
 
-def _check_rows(start, reach, layout: Layout, pattern: Tensor, chosen: Tensor, unseen) -> None:
-    """Send vectors of the chosen data; none may arrive elsewhere."""
-    parts = layout.split(pattern.unsqueeze(0))
-    seed = layout.join(parts * chosen[:, None, None])[0]
+def _check_rows(start, reach, seed: Tensor, chosen: Tensor, unseen) -> None:
+    """Send a vector of the chosen data; nothing may arrive elsewhere."""
 
     def look(site: Site, g: Tensor) -> None:
         if site not in unseen or site.error is not None:
@@ -136,7 +131,7 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
         low = min((actual.dtype, seed.dtype), key=lambda dtype: dtype.itemsize)
         relative, rounding = _TOLERANCES[low.itemsize]
         allowed = relative * actual.norm() + rounding * sizes[key]
-        if error > allowed and _is_bare(reach, owners[key]):
+        if error > allowed and _is_bare(owners[key]):
             size = _size_before_sums(start, reach, seed, owners[key])
             allowed += rounding * size + 8 * torch.finfo(low).eps * max(sizes.values())
         if error > allowed:
@@ -158,8 +153,9 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
 _TOLERANCES = {8: (1e-6, 1e-10), 4: (0.01, 1e-3), 2: (0.1, 0.03)}
 
 
-def _is_bare(reach: Reach, site: Site) -> bool:
-    return any(capture.vectors is not None for capture in reach.sites[site])
+def _is_bare(site: Site) -> bool:
+    """Whether it is a parameter outside of layers, whose vectors come summed up."""
+    return site.rule.in_graph and site.rule.elementwise
 
 
 def _size_before_sums(start, reach: Reach, seed: Tensor, wanted: Site) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack_ext.context import SuspendBackpack
 from backpack_ext.errors import UnsupportedError
-from backpack_ext.losses import Layout
+from backpack_ext.losses import Layout, probing_vector
 from backpack_ext.products import PRODUCTS, SELECTIONS, Route
 from backpack_ext.reading import Reading
 from backpack_ext.sharing import Segments
@@ -255,24 +255,15 @@ class Probe:
     """Sends vectors of half of the data through the graph, so that each pair is told apart once."""
 
     def __init__(self, start: GradientEdge, layout: Layout, like: Tensor):
-        self.start, self.layout = start, layout
-        pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
-        self.parts = layout.split(((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)[None])
+        self.start, self.layout, self.vector = start, layout, probing_vector(like)
 
     def __call__(self, edges: Sequence[GradientEdge]):
         """Yield, for each half, which data were sent, and what arrived at the edges."""
-        data = torch.arange(self.layout.batch, device=self.parts.device)
-        for bit in range((self.layout.batch - 1).bit_length()):
-            for value in (0, 1):
-                chosen = (data >> bit) % 2 == value
-                seed = self.layout.join(self.parts * chosen[:, None, None])[0]
-                with silent(), SuspendBackpack():
-                    yield (
-                        chosen,
-                        torch.autograd.grad(
-                            [self.start], edges, [seed], retain_graph=True, allow_unused=True
-                        ),
-                    )
+        options = {"retain_graph": True, "allow_unused": True}
+        for chosen, seed in self.layout.halves(self.vector):
+            with silent(), SuspendBackpack():
+                arrived = torch.autograd.grad([self.start], edges, [seed], **options)
+            yield chosen, arrived
 
 
 def _candidates(shape: tuple[int, ...], data: Data) -> list[Reading]:

@@ -188,16 +188,7 @@ class BackwardPass(Receiver):
         for site in reach.sites:
             self.unscaled.pop(site, None)
         self._tap(reach)
-        if reach.sites:
-            with self._quiet(call.z.device.type):
-                masked = call.sharing is not None and call.sharing.kind == "mask"
-                counted = call.gradient if masked else None
-                again = check_layers(call.start, reach, layout, call.z, counted)
-                if again:
-                    add_bare(reach, call.start, layout, call.z, self.bare)
-            if again:
-                self._check_reach(reach)
-                self._tap(reach)
+        self._check_layers(call.start, reach, layout, call.z, call.sharing, call.gradient)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
 
@@ -225,16 +216,8 @@ class BackwardPass(Receiver):
         self._check_reach(reach)
         self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
         self._tap(reach)
-        if reach.sites and first:
-            with self._quiet(grad.device.type):
-                masked = context is not None and context.kind == "mask"
-                counted = (lambda: grad) if masked else None
-                again = check_layers(GradientEdge(node, 0), reach, layout, grad, counted)
-                if again:
-                    add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
-            if again:
-                self._check_reach(reach)
-                self._tap(reach)
+        if first:
+            self._check_layers(GradientEdge(node, 0), reach, layout, grad, context, lambda: grad)
 
     def end(self) -> None:
         """Join, check and publish: the engine's callback at the end of the backward pass."""
@@ -291,6 +274,27 @@ class BackwardPass(Receiver):
         if reach.sites or reach.whole is None:
             return sharing_of(reach.sites, start)
         return reach.whole.block
+
+    def _check_layers(
+        self,
+        start: GradientEdge,
+        reach: Reach,
+        layout: Layout | None,
+        like: Tensor,
+        context: sharing | None,
+        gradient: Callable[[], Tensor],
+    ) -> None:
+        """Check layers that are new; what turns out to be no layer is left to autograd."""
+        if not reach.sites:
+            return
+        masked = context is not None and context.kind == "mask"
+        with self._quiet(like.device.type):
+            again = check_layers(start, reach, layout, like, gradient if masked else None)
+            if again:
+                add_bare(reach, start, layout, like, self.bare)
+        if again:
+            self._check_reach(reach)
+            self._tap(reach)
 
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""

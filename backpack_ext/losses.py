@@ -11,6 +11,7 @@ cross-position terms into every quantity.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from math import sqrt
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,22 @@ class Layout:
             t = t.transpose(1, 2)
         return t.reshape(v, *self.shape)
 
+    def halves(self, t: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield halves of the data, so that each pair is told apart once.
+
+        Args:
+            t: ``[*shape]``.
+
+        Yields:
+            Which data are chosen, ``[N]``, and ``t`` with the others' entries zeroed.
+        """
+        parts = self.split(t.unsqueeze(0))
+        data = torch.arange(self.batch, device=t.device)
+        for bit in range((self.batch - 1).bit_length()):
+            for value in (0, 1):
+                chosen = (data >> bit) % 2 == value
+                yield chosen, self.join(parts * chosen[:, None, None])[0]
+
     def _lead(self, t: Tensor) -> Tensor:
         if self.segments is not None:
             return self.segments.pad(t, 1)
@@ -126,6 +143,12 @@ class Layout:
         if self.batch_axis == 1:
             return t.unflatten(1, (k, self.batch)).transpose(1, 2)
         return t.unflatten(1, (self.batch, k))
+
+
+def probing_vector(like: Tensor) -> Tensor:
+    """Return a vector of varied entries, none of them zero, to send through a graph."""
+    pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
+    return ((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)
 
 
 class CrossEntropyRule(LossRule):

@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 
 from backpack_ext.reading import Reading
 from backpack_ext.rules.affine import PLAIN
-from backpack_ext.rules.base import Rule
+from backpack_ext.rules.base import Rule, bias_axes
 from backpack_ext.site import Site
 from curvature import MATRIX, Axes
 
@@ -278,8 +278,7 @@ class ProductRule(Rule):
 
     def __init__(self, weight: Axes, groups: int):
         self.family = PLAIN if weight == MATRIX else None
-        biases = Axes("(g o) -> g o 1", (("g", groups),)) if groups > 1 else Axes("o -> 1 o 1")
-        self._axes = {"weight": weight, "bias": biases}
+        self._axes = {"weight": weight, "bias": bias_axes(groups)}
 
     def inputs(self, site: Site) -> Tensor:
         """Return ``a[n,s,i]``."""
@@ -337,13 +336,11 @@ class BiasOf(NamedTuple):
 
     Args:
         product: The product's node.
-        start: The first entry of the bias that is added.
-        size: How many are.
+        start: The first entry of the bias that is added, as many as the product has columns.
     """
 
     product: Node
     start: int
-    size: int
 
 
 def find_bias(
@@ -376,8 +373,8 @@ def find_bias(
         where = _back(child, output, code, rest).flatten()
         start = int((where != 0).double().argmax())
         same = torch.equal(where[start : start + shape[0]], code) and int((where != 0).sum()) == shape[0]
-        known[key] = (start, shape[0]) if same and q.dim() == 1 else None
-    return None if known[key] is None else BiasOf(product, *known[key])
+        known[key] = start if same and q.dim() == 1 else None
+    return None if known[key] is None else BiasOf(product, known[key])
 
 
 def _below(node: Node, entry: int, readers: Mapping[tuple[Node, int], Sequence[Node]]) -> Node | None:

@@ -21,6 +21,11 @@ def by_shape(method: Callable) -> Callable:
     return method
 
 
+def bias_axes(groups: int) -> Axes:
+    """Return how a bias forms matrices ``[g, o, 1]``."""
+    return BIAS if groups == 1 else Axes("(g o) -> g o 1", (("g", groups),))
+
+
 class Rule(ABC):
     r"""Brings a layer that is affine in its parameters to the normal form.
 
@@ -105,8 +110,7 @@ class Rule(ABC):
     def axes(self, module: nn.Module, role: str) -> Axes:
         """Return how the axes of a parameter form the matrix ``[g, o, i]``."""
         if role == "bias":
-            groups = self.groups(module)
-            return BIAS if groups == 1 else Axes("(g o) -> g o 1", (("g", groups),))
+            return bias_axes(self.groups(module))
         return self.weight_axes(module)
 
     def weight_axes(self, module: nn.Module) -> Axes:
