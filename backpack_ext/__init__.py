@@ -8,10 +8,12 @@
     B, A = model.head.weight.kfac
 """
 
+from backpack_ext.attach import attach_diagonal, attach_loss
 from backpack_ext.context import backpack
+from backpack_ext.diagonals import register_activation, register_diagonal_rule
 from backpack_ext.ekfac import EKFAC
 from backpack_ext.errors import RecordingError, UnsupportedError
-from backpack_ext.extend import attach_loss, extend, unextend
+from backpack_ext.extend import extend, unextend
 from backpack_ext.extension import Extension
 from backpack_ext.first_order import (
     BatchDotGrad,
@@ -21,11 +23,13 @@ from backpack_ext.first_order import (
     Variance,
 )
 from backpack_ext.ggn import DiagGGN
+from backpack_ext.hesscale import BL89, HesScale
 from backpack_ext.kfac import KFAC
 from backpack_ext.rules import Rule, register_rule
 from backpack_ext.sharing import sharing
 
 __all__ = [
+    "BL89",
     "EKFAC",
     "KFAC",
     "BatchDotGrad",
@@ -33,14 +37,18 @@ __all__ = [
     "BatchL2Grad",
     "DiagGGN",
     "Extension",
+    "HesScale",
     "RecordingError",
     "Rule",
     "SumGradSquared",
     "UnsupportedError",
     "Variance",
+    "attach_diagonal",
     "attach_loss",
     "backpack",
     "extend",
+    "register_activation",
+    "register_diagonal_rule",
     "register_rule",
     "sharing",
     "unextend",

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack_ext.cuts import Cuts, Data, Probe, answered, cuts_of, readers_of
 from backpack_ext.graph import Capture, Reach, without_upstream
-from backpack_ext.losses import Layout
+from backpack_ext.layout import Layout
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.product_layers import Found, product_sites
 from backpack_ext.products import Product, Route, below, find_product
@@ -186,11 +186,11 @@ def _owner(p: nn.Parameter) -> tuple[nn.Module, str]:
 def _vectors(N: int, reading: Reading, route: Route, product: Product | None):
     """Return what turns cotangents at a cut into per-sample vectors of a parameter."""
     if product is None or len(product.node._input_metadata[0].shape) > 2:
-        return _Vectors(N, reading, route)
+        return RouteVectors(N, reading, route)
     return _ProductVectors(N, reading, route, product.left, product.reading)
 
 
-class _Vectors:
+class RouteVectors:
     """Turns cotangents at a cut into per-sample vectors of a parameter; it holds no node."""
 
     def __init__(self, N: int, reading: Reading, route: Route):
@@ -226,7 +226,7 @@ class _Vectors:
                 return torch.stack([in_a_pass_of_its_own(partial(product, c)) for c in columns])
 
 
-class _ProductVectors(_Vectors):
+class _ProductVectors(RouteVectors):
     """The same where the cut is a matrix product: its own part costs one product, not N."""
 
     def __init__(self, N: int, reading: Reading, route: Route, left: bool, rows: Reading):

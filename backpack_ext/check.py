@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from backpack_ext import normal
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.graph import Reach
-from backpack_ext.losses import Layout, probing_vector
+from backpack_ext.layout import Layout, probing_vector
 from backpack_ext.site import Site
 from backpack_ext.sweep import stream
 from backpack_ext.unit import Unit

@@ -90,16 +90,33 @@ def active_extensions() -> tuple[Extension, ...]:
 
 
 def recording() -> bool:
-    """Whether a forward pass that runs now has to be recorded.
+    """Whether the layers of a forward pass that runs now have to be recorded.
 
-    Outside of any context it is, because the backward may run inside one. Inside, it is when one
-    of our extensions is active.
+    Outside of any context they have, because the backward may run inside one. Inside, they have when
+    one of our extensions that needs them is active.
     """
+    return _wanted(_needs_layers)
+
+
+def tying() -> bool:
+    """Whether the losses of a forward pass that runs now have to be recorded: for any extension."""
+    return _wanted(_ours)
+
+
+def _wanted(by: Callable[[object], bool]) -> bool:
     if not _backpack.disable.store_io:
         return False
     if CTX.active_exts:
-        return any(isinstance(ext, Extension) for ext in CTX.active_exts)
+        return any(map(by, CTX.active_exts))
     return backpack.current is None or bool(backpack.current.exts)
+
+
+def _ours(ext: object) -> bool:
+    return isinstance(ext, Extension)
+
+
+def _needs_layers(ext: object) -> bool:
+    return isinstance(ext, Extension) and ext.needs_layers
 
 
 def loss_multiplier() -> float:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from backpack_ext.context import SuspendBackpack
 from backpack_ext.errors import UnsupportedError
-from backpack_ext.losses import Layout, probing_vector
+from backpack_ext.layout import Layout, probing_vector
 from backpack_ext.products import PRODUCTS, SELECTIONS, Route
 from backpack_ext.reading import Reading
 from backpack_ext.sharing import Segments

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from math import sqrt
 
@@ -33,11 +33,14 @@ from backpack_ext.context import (
     note_computed,
 )
 from backpack_ext.coverage import check_coverage
+from backpack_ext.diagonal_pass import DiagonalPass
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
-from backpack_ext.graph import Reach, new_sites, walk
-from backpack_ext.losses import Layout, LossCall
+from backpack_ext.graph import Reach, new_sites, parameter_behind, walk
+from backpack_ext.layout import Layout
+from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.pending import Pending
+from backpack_ext.per_datum import PerDatum
 from backpack_ext.rules.base import Rule
 from backpack_ext.sharing import sharing, sharing_of
 from backpack_ext.site import Site
@@ -75,6 +78,25 @@ def on_loss(call: LossCall, grad: Tensor) -> None:
         current_pass(extensions).loss(call, grad)
     if not keeps_graph():
         call.release()
+
+
+def on_diagonal(call: KnownDiagonal, grad: Tensor) -> None:
+    """React to the gradient that arrives at a scalar whose Hessian diagonal was given."""
+    if Receiver.active is not None:
+        return
+    extensions = active_extensions()
+    if extensions:
+        current_pass(extensions).diagonal(call, grad)
+    if not keeps_graph():
+        call.release()
+
+
+def on_unrecorded_output(grad: Tensor) -> None:
+    """React to the gradient at the output of a model whose layers were not recorded."""
+    if Receiver.active is None:
+        extensions = active_extensions()
+        if extensions:
+            current_pass(extensions).output(torch._C._current_autograd_node(), grad)
 
 
 def on_model_output(grad: Tensor) -> None:
@@ -141,9 +163,16 @@ class BackwardPass(Receiver):
         self.extensions = extensions
         self.stores: dict[Extension, dict] = {ext: {} for ext in extensions}
         self.main = [e for e in extensions if e.vectors.kind in ("gradient", "none")]
+        self.diagonals = [e for e in extensions if e.vectors.kind == "diagonal"]
+        self.passes: dict[Extension, DiagonalPass] = {}
+        # whether anyone asks for the vectors of layers
+        self.layers = any(e.needs_layers for e in extensions)
+        self.outputs: list[Node] = []  # of models
         self.multiplier = loss_multiplier()
         self.keep = keeps_graph()
-        self.loud = torch.is_grad_enabled(), _autocast_devices()
+        # whether inputs are needed until the end
+        self.holds = self.keep or any(e.batch for e in self.diagonals)
+        self._quiet = Quiet()
         self.scale: float | None = None
         self.nodes: list[Collection[Node]] = []  # visited by walks
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
@@ -169,10 +198,15 @@ class BackwardPass(Receiver):
                 'of a scalar total. Use reduction "mean" or "sum", or tie your total to a loss with '
                 "backpack_ext.attach_loss."
             )
-        reach = walk(call.start.node)
-        batch = self._batch(call.label, reach)
         if call.z.numel() == 0:
             raise empty_batch(call.label)
+        if not self.layers:
+            if _sink is not None:
+                self._note_scale(call, grad, [])
+            self._start_diagonals(call, grad)
+            return
+        reach = walk(call.start.node)
+        batch = self._batch(call.label, reach)
         call.sharing, layout = self._sharing(reach, call.label), None
         if call.sharing is not None:
             with suppress(UnsupportedError):  # `fisher="exact"` will say why
@@ -191,13 +225,48 @@ class BackwardPass(Receiver):
         self._check_layers(call.start, reach, layout, call.z, call.sharing, call.gradient)
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
+        self._start_diagonals(call, grad)
+
+    def diagonal(self, call: KnownDiagonal, grad: Tensor) -> None:
+        """Start the recursions of Hessian diagonals at a scalar whose diagonal was given."""
+        if call.released:
+            raise RecordingError(
+                f"{call.label}: this graph was already differentiated without retain_graph=True."
+            )
+        for ext in self.extensions:
+            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or _sink is not None:
+                what = type(ext).__name__ if _sink is None else "dataset.collect"
+                raise RecordingError(
+                    f"{what} needs more of a loss than attach_diagonal says. Tie the value to a "
+                    "loss module with backpack_ext.attach_loss."
+                )
+        for edge, _ in call.seeds if self.layers else ():
+            self.output(edge.node, grad)
+        self._start_diagonals(call, grad)
+
+    def _start_diagonals(self, call: LossCall | KnownDiagonal, grad: Tensor) -> None:
+        """Start or go on with the recursions of Hessian diagonals."""
+        if not self.diagonals:
+            return
+        with self._quiet(grad.device.type):
+            if isinstance(call, LossCall):
+                call.check()
+                factor = grad.reshape(()) * call.scale()
+            else:
+                factor = grad.reshape(())
+            for ext in self.diagonals:
+                if ext not in self.passes:
+                    per_datum = PerDatum(self.sites) if ext.batch else None
+                    self.passes[ext] = DiagonalPass(ext, self.keep, self._quiet, per_datum)
+                self.passes[ext].start(call, factor)
 
     def output(self, node: Node, grad: Tensor) -> None:
         """Tap the layers behind a model's output, unless a loss has done so.
 
         The loss may still come: a model that computes its loss inside has both among its outputs.
         """
-        if any(node in nodes for nodes in self.nodes):
+        self.outputs.append(node)
+        if not self.layers or any(node in nodes for nodes in self.nodes):
             return
         reach = walk(node)
         # hooks on tensors know the node but not which of its outputs; only the first is checked
@@ -229,6 +298,8 @@ class BackwardPass(Receiver):
             missing = [site.label for site, passed in self.expected.items() if not passed]
             if missing and self.main:
                 raise missing_cotangents(missing)
+            for ext, running in self.passes.items():
+                self.stores[ext] = running.finish(self.multiplier)
             for ext, store in self.stores.items():
                 if _sink is not None:
                     _sink(ext, store, 1.0 if self.scale is None else self.scale)
@@ -299,6 +370,8 @@ class BackwardPass(Receiver):
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""
         for ext in self.extensions:
+            if not ext.needs_layers:
+                continue
             check_coverage(ext, reach.sites, reach.parameters)
             if reach.coupled and ext.needs_independent_samples:
                 raise UnsupportedError(
@@ -317,6 +390,19 @@ class BackwardPass(Receiver):
                     "loss module with backpack_ext.extend, or tie a scalar that no module computes "
                     "to a loss with backpack_ext.attach_loss."
                 )
+        for ext in self.diagonals:
+            known = self.passes[ext].recursion.operations if ext in self.passes else {}
+            for node in self.outputs:
+                if node not in known and (p := parameter_behind(node, known)) is not None:
+                    raise RecordingError(
+                        f"{type(ext).__name__} needs the loss, but the gradient reached a "
+                        "parameter of shape "
+                        f"{tuple(p.shape)} without passing an extended loss. Extend the loss "
+                        "module with "
+                        "backpack_ext.extend, or tie a scalar that no module computes to a loss with "
+                        "backpack_ext.attach_loss, or to a Hessian diagonal with "
+                        "backpack_ext.attach_diagonal."
+                    )
 
     def _note_scale(self, call: LossCall, grad: Tensor, scaled: list[Extension]) -> None:
         """Record r c of a loss.
@@ -400,7 +486,7 @@ class BackwardPass(Receiver):
             if self.multiplier != 1:
                 g = g / self.multiplier
             self._deliver(self.main, self.pending, site, g)
-        elif not self.keep and not site.shared:
+        elif not self.holds and not site.shared:
             site.release()
 
     def _deliver(self, extensions, pending: Pending, site: Site, g: Tensor) -> None:
@@ -454,28 +540,30 @@ class BackwardPass(Receiver):
 
     def _release(self, extensions, layers) -> None:
         """Let go of the inputs of calls that nothing will ask for any more."""
-        if extensions is self.main and not self.keep:
+        if extensions is self.main and not self.holds:
             for sites, _ in layers:
                 sites[0].release()
 
-    def _quiet(self, device_type: str):
-        """Compute without gradients and without autocast, whatever the caller has switched on."""
-        grad, autocast = self.loud
-        if not grad and not autocast:
+
+class Quiet:
+    """Makes contexts without gradients and without autocast, whatever the caller has switched on."""
+
+    def __init__(self):
+        self.grad = torch.is_grad_enabled()
+        self.autocast = {kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+
+    def __call__(self, device_type: str) -> AbstractContextManager:
+        """Return a context for computations on a type of device."""
+        if not self.grad and not self.autocast:
             return _NOTHING
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
-        if device_type in autocast:
+        if device_type in self.autocast:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         return stack
 
 
 _NOTHING = nullcontext()
-
-
-def _autocast_devices() -> set[str]:
-    """Return the device types for which autocast is switched on."""
-    return {kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
 
 
 def empty_batch(start: str) -> ValueError:

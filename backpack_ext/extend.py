@@ -6,31 +6,34 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from backpack_ext.context import recording
-from backpack_ext.engine import on_loss, on_model_output
+from backpack_ext.attach import tie
+from backpack_ext.context import recording, tying
+from backpack_ext.engine import on_model_output, on_unrecorded_output
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
-from backpack_ext.losses import LossCall, is_loss
+from backpack_ext.loss_call import LossCall
+from backpack_ext.losses import is_loss, loss_rule
 from backpack_ext.rules.base import look_up
 from backpack_ext.sharing import sharing
 from backpack_ext.site import NoChecks, Site, roots
 
 
 class _Running(NamedTuple):
-    """A forward pass of an outermost extended module: its batch size, and whether it is recorded.
+    """A forward pass of an outermost extended module: its batch size, and what of it is recorded.
 
-    ``listed`` says that the batch size is that of a list of integers: maybe the tokens of all data.
+    ``recording`` stands for its layers, ``tying`` for what it returns. ``listed`` says that the batch
+    size is that of a list of integers: maybe the tokens of all data.
     """
 
     module: nn.Module
     batch: int | None
     recording: bool
+    tying: bool
     listed: bool
 
 
@@ -204,7 +207,7 @@ class RootHook(Hook):
             batch = None if first is None else first.shape[self.batch_axis]
             listed = first is not None and first.dim() == 1 and not first.is_floating_point()
             listed = listed and self.argument is None
-            stack.append(_Running(module, batch, recording(), listed))
+            stack.append(_Running(module, batch, recording(), tying(), listed))
             roots.add(module)
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:
@@ -213,10 +216,13 @@ class RootHook(Hook):
         if not stack or stack[-1].module is not module:
             return
         running = stack.pop()
-        if running.recording and torch.is_grad_enabled():
+        if running.tying and torch.is_grad_enabled():
             for t in _tensors(output):
                 if t.grad_fn is not None:
                     t = t._base if _has_graph_base(t) else t
+                    if not running.recording:
+                        t.register_hook(on_unrecorded_output)
+                        continue
                     t.register_hook(on_model_output)
                     batch, context = running.batch, sharing.current
                     if context is not None and context.num_data is not None:
@@ -319,7 +325,7 @@ class UnfusedHook(Hook):
     def enter(self, module: nn.Module, args: tuple) -> None:
         """Switch the fused kernels off."""
         running = _forward.stack[-1] if _forward.stack else None
-        wanted = recording() if running is None else running.recording
+        wanted = tying() if running is None else running.tying
         trained = any(p.requires_grad for p in module.parameters())
         if not (wanted and torch.is_grad_enabled() and trained):
             return
@@ -345,72 +351,13 @@ class LossHook(Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Tie the loss's value to its input."""
-        if not torch.is_grad_enabled() or not recording():
+        if not torch.is_grad_enabled() or not tying():
             return
-        names = dict(zip(("input", "target"), args, strict=False)) | kwargs
-        z, y = names.get("input"), names.get("target")
-        if isinstance(z, Tensor) and isinstance(y, Tensor) and z.requires_grad:
-            _tie(output, LossCall(module, z, y, self.batch_axis))
-
-
-def attach_loss(
-    loss_module: nn.Module,
-    logits: Tensor,
-    targets: Tensor,
-    value: Tensor,
-    check: bool = True,
-    batch_axis: int = 0,
-) -> Tensor:
-    """Tie a scalar that no loss module computed to a loss definition.
-
-    For models that compute their loss inside, and for losses written by hand. From then on
-    ``value`` acts like the output of ``loss_module(logits, targets)`` in an extended model.
-
-    Args:
-        loss_module: Defines the Hessian with respect to the logits, and the reduction.
-        logits: What the loss is a function of; any tensor of the graph that ``value`` comes from.
-        targets: The targets.
-        value: The scalar that ``backward()`` will start from, or a part of it.
-        check: Whether to compare ``value`` with ``loss_module(logits, targets)``. Switch it off
-            where the loss module stands for another loss on purpose (a policy loss, say).
-        batch_axis: 0, or 1 if the rows of the logits are ordered sequence-first.
-
-    Returns:
-        ``value``.
-
-    Raises:
-        RecordingError: If ``logits`` or ``value`` require no gradient, or ``value`` is a leaf.
-        ValueError: If ``value`` differs from what the loss module gives.
-
-    Example:
-        >>> from torch.nn import functional as F
-        >>> model = extend(nn.Linear(3, 2))
-        >>> out, y = model(torch.ones(4, 3)), torch.tensor([0, 1, 1, 0])
-        >>> value = attach_loss(nn.CrossEntropyLoss(), out, y, F.cross_entropy(out, y))
-    """
-    if not (logits.requires_grad and value.requires_grad) or value.grad_fn is None:
-        raise RecordingError(
-            "attach_loss: `logits` and `value` must require a gradient and `value` must have been "
-            "computed from parameters; was it detached, or computed under no_grad?"
-        )
-    if check:
-        with torch.no_grad():
-            expected = loss_module(logits.detach(), targets)
-        tolerance = 1e-2 if min(value.element_size(), logits.element_size()) < 4 else 1e-4
-        if expected.shape != value.shape or not torch.allclose(
-            expected.to(value.dtype), value.detach(), rtol=tolerance, atol=tolerance
-        ):
-            raise ValueError(
-                f"attach_loss: the value is {value.detach()}, but {loss_module} of these logits and "
-                f"targets gives {expected}. Pass the loss that was computed, or check=False if it "
-                "stands for another one on purpose."
-            )
-    _tie(value, LossCall(loss_module, logits, targets, batch_axis))
-    return value
-
-
-def _tie(value: Tensor, call: LossCall) -> None:
-    value.register_hook(partial(on_loss, call))
+        rule = loss_rule(module)
+        arguments = ("input", "target") if rule is None else rule.arguments
+        z, y, *others = _named(arguments, args, kwargs)
+        if z is not None and y is not None and z.requires_grad:
+            tie(output, LossCall(module, z, y, self.batch_axis, others))
 
 
 def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:

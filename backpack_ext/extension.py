@@ -27,7 +27,8 @@ class Vectors:
 
     Args:
         kind: ``"gradient"`` (those of the main backward pass, no sweep), ``"exact"`` (all columns
-            of the loss-Hessian root), ``"mc"`` (samples), ``"none"`` (inputs only).
+            of the loss-Hessian root), ``"mc"`` (samples), ``"none"`` (inputs only), ``"diagonal"``
+            (Hessian diagonals, which travel by a recursion of their own).
         samples: Number of Monte-Carlo samples.
     """
 
@@ -58,6 +59,8 @@ class Extension(BackpropExtension):
     vectors: Vectors
     # Per-sample rows must depend on their own datum alone; False where coupling is harmless.
     needs_independent_samples = True
+    # Whether it takes the vectors of layers; False where it finds all it needs in the graph.
+    needs_layers = True
     # Whether it forms the per-sample vectors of a weight with shared positions, which others may use.
     forms_grads = False
     # Results scale with loss ** power: how batches of a data set are put on one scale.

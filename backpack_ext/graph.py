@@ -209,6 +209,21 @@ def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:
         stack.extend(child for child, _ in node.next_functions if child is not None)
 
 
+def parameter_behind(start: Node, known: Collection[Node]) -> nn.Parameter | None:
+    """Return a parameter upstream of a node that is reached without passing known nodes."""
+    stack, seen = [start], set(known)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter) and torch._C._will_engine_execute_node(node):
+            return variable
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return None
+
+
 def _couples(node: Node) -> bool:
     """Whether a node is a batch norm in training mode."""
     if "BatchNorm" not in node.name() or not node._saved_training:

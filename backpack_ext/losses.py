@@ -1,4 +1,4 @@
-r"""Losses: their reduction scale and the roots of their Hessian.
+r"""Losses: their reduction scale, the roots and the diagonal of their Hessian.
 
 A loss is :math:`\ell = r \sum_n \sum_t \ell_{nt}`. Everything here is about one term's Hessian,
 without r; `LossRule.scale` is the only place that knows r.
@@ -11,25 +11,28 @@ cross-position terms into every quantity.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from math import sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
-from backpack_ext.errors import RecordingError, UnsupportedError
-from backpack_ext.graph import edge_of
-
-if TYPE_CHECKING:
-    from backpack_ext.sharing import Segments, sharing
+from backpack_ext.errors import UnsupportedError
+from backpack_ext.layout import Layout
 
 
 class LossRule(ABC):
-    """The derivatives of one loss module with respect to its input z (the logits)."""
+    """The derivatives of one loss module with respect to its input z (the logits).
+
+    Attributes:
+        arguments: Names of the forward's arguments: input, target, and what else may require a gradient.
+    """
+
+    arguments: tuple[str, ...] = ("input", "target")
+    # whether the Hessian is diagonal
+    is_diagonal = False
 
     @abstractmethod
     def scale(self, module: nn.Module, z: Tensor, y: Tensor) -> float:
@@ -52,103 +55,50 @@ class LossRule(ABC):
     def sample(self, module: nn.Module, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return one random column shaped like z with ``E[S_n S_n^T]`` = the Hessian, without r."""
 
+    @abstractmethod
+    def diagonal(self, module: nn.Module, z: Tensor, y: Tensor) -> Tensor:
+        """Return the diagonal of the Hessian without r, shaped like z."""
+
+    def layerwise_diagonal(self, module: nn.Module, z: Tensor, y: Tensor) -> Tensor:
+        """Return what BL89 has in place of it: each elementwise part of the loss counts as a layer."""
+        return self.diagonal(module, z, y)
+
+    def other_diagonals(
+        self, module: nn.Module, z: Tensor, y: Tensor, others: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the diagonals with respect to the further `arguments`, without r."""
+        return ()
+
+    def penultimate(self, module: nn.Module, z: Tensor, y: Tensor, W: Tensor) -> Tensor:
+        """Return the exact diagonal, without r, at the input of a linear layer W in front of z."""
+        return self.diagonal(module, z, y) @ W.square()
+
     def check(self, module: nn.Module, z: Tensor, y: Tensor) -> None:
         """Raise if the loss is called in a way that is not covered."""
 
 
-class Layout:
-    """How the data are laid out in the logits.
+class _DiagonalRule(LossRule):
+    """Losses of which only the Hessian's diagonal is used: there is no root that would make sense."""
 
-    Args:
-        shape: Shape of the logits.
-        batch: Number of data N. The leading size is N, or ``k N``, read as ``[N, k]``.
-        batch_axis: 0; or 1 for rows that are to be read as ``[k, N]`` (sequence-first).
-        class_axis: Axis of the classes, or None when every element is a term.
-        segments: The datum of each of the leading rows, where these are ragged. T is then the
-            largest number of positions of a datum; the others' missing positions hold zeros.
+    instead = ""
 
-    Raises:
-        UnsupportedError: If the data cannot be found.
-    """
+    def columns(self, module, z, y, batch):
+        """Refuse."""
+        raise self._refusal(module)
 
-    def __init__(
-        self,
-        shape: torch.Size,
-        batch: int,
-        batch_axis: int,
-        class_axis: int | None,
-        segments: Segments | None = None,
-    ):
-        if not shape or (segments is None and shape[0] % batch):
-            raise UnsupportedError(
-                f"The loss's input has shape {tuple(shape)}; its leading size is no multiple of the "
-                f"batch size {batch} of the model's input, so its rows cannot be told apart by "
-                "datum. Keep the data on the leading axis, e.g. logits.view(N * T, C)."
-            )
-        self.shape, self.batch, self.batch_axis = shape, batch, batch_axis
-        self.class_axis, self.segments = class_axis, segments
+    def exact(self, module, z, y, layout, start, stop):
+        """Refuse."""
+        raise self._refusal(module)
 
-    def of_terms(self, shape: torch.Size) -> Layout:
-        """Return the layout of a tensor without the class axis."""
-        return Layout(shape, self.batch, self.batch_axis, None, self.segments)
+    def sample(self, module, z, y, generator):
+        """Refuse."""
+        raise self._refusal(module)
 
-    @property
-    def _rows(self) -> int:
-        """The number of (padded) rows of a datum."""
-        return self.shape[0] // self.batch if self.segments is None else self.segments.width
-
-    def split(self, t: Tensor) -> Tensor:
-        """Bring ``[v, *shape]`` to ``[v, N, T, C]`` (C = 1 without classes)."""
-        t = self._lead(t)
-        if self.class_axis is None:
-            return t.flatten(2).unsqueeze(-1)
-        t = t.movedim(2 + self.class_axis, -1)
-        return t.flatten(2, -2)
-
-    def join(self, t: Tensor) -> Tensor:
-        """Bring ``[v, N, T, C]`` back to ``[v, *shape]``."""
-        v, k = t.shape[0], self._rows
-        rest = list(self.shape[1:])
-        if self.class_axis is not None:
-            classes = rest.pop(self.class_axis - 1)
-            t = t.reshape(v, self.batch, k, *rest, classes).movedim(-1, 2 + self.class_axis)
-        else:
-            t = t.reshape(v, self.batch, k, *rest)
-        if self.segments is not None:
-            return self.segments.unpad(t, 1)
-        if self.batch_axis == 1:
-            t = t.transpose(1, 2)
-        return t.reshape(v, *self.shape)
-
-    def halves(self, t: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield halves of the data, so that each pair is told apart once.
-
-        Args:
-            t: ``[*shape]``.
-
-        Yields:
-            Which data are chosen, ``[N]``, and ``t`` with the others' entries zeroed.
-        """
-        parts = self.split(t.unsqueeze(0))
-        data = torch.arange(self.batch, device=t.device)
-        for bit in range((self.batch - 1).bit_length()):
-            for value in (0, 1):
-                chosen = (data >> bit) % 2 == value
-                yield chosen, self.join(parts * chosen[:, None, None])[0]
-
-    def _lead(self, t: Tensor) -> Tensor:
-        if self.segments is not None:
-            return self.segments.pad(t, 1)
-        k = self._rows
-        if self.batch_axis == 1:
-            return t.unflatten(1, (k, self.batch)).transpose(1, 2)
-        return t.unflatten(1, (self.batch, k))
-
-
-def probing_vector(like: Tensor) -> Tensor:
-    """Return a vector of varied entries, none of them zero, to send through a graph."""
-    pattern = torch.arange(like.numel(), device=like.device).reshape(like.shape)
-    return ((pattern % 7 + 1) * (1 - pattern % 2 * 2)).to(like.dtype)
+    def _refusal(self, module: nn.Module) -> UnsupportedError:
+        return UnsupportedError(
+            f"{type(module).__name__} has a rule for its Hessian's diagonal, but none for a root of the "
+            f"Hessian, which this extension needs. {self.instead}"
+        )
 
 
 class CrossEntropyRule(LossRule):
@@ -228,27 +178,64 @@ class CrossEntropyRule(LossRule):
         drawn = torch.searchsorted(cdf, (u.unsqueeze(-1) * cdf[..., -1:]), right=True)
         drawn = drawn.clamp_(max=z.shape[1] - 1).movedim(-1, 1)
         S = q.scatter_add(1, drawn, q.new_full((1,) * z.dim(), -1.0).expand(drawn.shape))
+        return S if self._plain(module, y) else S * self.term_factors(module, z, y).sqrt().unsqueeze(1)
+
+    def _plain(self, module: nn.Module, y: Tensor) -> bool:
+        """Whether all term factors are 1."""
         plain = module.weight is None and not y.is_floating_point()
-        if not plain or bool((y == module.ignore_index).any()):
-            S = S * self.term_factors(module, z, y).sqrt().unsqueeze(1)
-        return S
+        return plain and not bool((y == module.ignore_index).any())
+
+    def diagonal(self, module, z, y):
+        """``w (q - q^2)``."""
+        q = z.softmax(1)
+        h = q - q * q
+        return h if self._plain(module, y) else h * self.term_factors(module, z, y).unsqueeze(1)
+
+    def layerwise_diagonal(self, module, z, y):
+        """``w_c t_c (q - q^2)`` with targets t, one-hot for class indices."""
+        q, e = z.softmax(1), module.label_smoothing
+        if y.is_floating_point():
+            t = y.to(q.dtype)
+        else:
+            kept = (y != module.ignore_index).unsqueeze(1)
+            t = F.one_hot(y.clamp(min=0), z.shape[1]).movedim(-1, 1).to(q.dtype) * kept
+            e = e * kept
+        t = (1 - e) * t + e / z.shape[1]
+        if module.weight is not None:
+            t = t * module.weight.to(q).reshape(-1, *[1] * (z.dim() - 2))
+        return t * (q - q * q)
+
+    def penultimate(self, module, z, y, W):
+        """``w (q (W o W) - (q W)^2)``."""
+        q = z.softmax(1)
+        h = q @ W.square() - (q @ W).square()
+        return h if self._plain(module, y) else h * self.term_factors(module, z, y).unsqueeze(1)
+
+
+class NLLRule(_DiagonalRule):
+    """``nn.NLLLoss``: linear in the log-probabilities, whose own rule has the curvature."""
+
+    is_diagonal = True
+    instead = "Use CrossEntropyLoss on the logits, which is the same loss."
+
+    def scale(self, module, z, y):
+        """1 / sum of the targets' class weights, as for the cross-entropy."""
+        return CrossEntropyRule().scale(module, z, y)
+
+    def diagonal(self, module, z, y):
+        """0."""
+        return torch.zeros_like(z)
 
 
 class _ElementwiseRule(LossRule):
     """Losses that are sums over the elements of z: the Hessian is diagonal."""
 
-    @abstractmethod
-    def diagonal(self, module: nn.Module, z: Tensor, y: Tensor) -> Tensor:
-        """Return the Hessian's diagonal without r, shaped like z."""
+    is_diagonal = True
 
     def check(self, module, z, y):
         """Refuse targets that broadcast: the terms would not be the logits' elements."""
         if y.shape != z.shape:
-            raise UnsupportedError(
-                f"{type(module).__name__}: input {tuple(z.shape)} and target {tuple(y.shape)} "
-                "differ in shape. Broadcast the target yourself (expand_as) so that each element of "
-                "the input has its own term."
-            )
+            raise _broadcast(module, z, y)
 
     def scale(self, module, z, y):
         """1 / number of elements."""
@@ -311,125 +298,97 @@ class BCEWithLogitsRule(_ElementwiseRule):
         return S * factors.sqrt() if isinstance(factors, Tensor) else S
 
 
+class _RobustRule(_ElementwiseRule):
+    """Losses that are quadratic near the target and linear beyond."""
+
+    @abstractmethod
+    def bend(self, module: nn.Module) -> tuple[float, float]:
+        """Return the distance up to which the loss is quadratic, and its second derivative there."""
+
+    def diagonal(self, module, z, y):
+        """The second derivative near the target, 0 beyond."""
+        delta, height = self.bend(module)
+        return ((z - y).abs() < delta).to(z.dtype) * height
+
+    def sample(self, module, z, y, generator):
+        """The diagonal's root times a standard normal vector."""
+        noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return self.diagonal(module, z, y).sqrt() * noise
+
+
+class SmoothL1Rule(_RobustRule):
+    """``nn.SmoothL1Loss``: ``1 / beta`` within beta of the target."""
+
+    def bend(self, module):
+        """Beta, and 1 / beta."""
+        return module.beta, 1 / module.beta if module.beta else 0.0
+
+
+class HuberRule(_RobustRule):
+    """``nn.HuberLoss``: 1 within delta of the target."""
+
+    def bend(self, module):
+        """Delta, and 1."""
+        return module.delta, 1.0
+
+
+class GaussianNLLRule(_DiagonalRule):
+    """``nn.GaussianNLLLoss`` with mean z and variance ``var``, clamped from below at eps.
+
+    ``1 / var`` for the mean, ``(z - y)^2 / var^3 - 1 / (2 var^2)`` for the variance.
+    """
+
+    arguments = ("input", "target", "var")
+    instead = "Use MSELoss on the means, weighted by hand."
+
+    def check(self, module, z, y):
+        """Refuse targets that broadcast."""
+        if y.shape != z.shape:
+            raise _broadcast(module, z, y)
+
+    def scale(self, module, z, y):
+        """1 / number of elements."""
+        return 1.0 if module.reduction == "sum" else 1.0 / z.numel()
+
+    def diagonal(self, module, z, y):
+        """Refuse: it depends on the variance, see `other_diagonals`."""
+        raise UnsupportedError(
+            "GaussianNLLLoss: the Hessian depends on the variance, which no call of the loss module has "
+            "told. Extend the loss module, or give the diagonal with backpack_ext.attach_diagonal."
+        )
+
+    def other_diagonals(self, module, z, y, others):
+        """For the mean, and for the variance, shaped like each."""
+        (var,) = others
+        clamped = var.clamp(min=module.eps)
+        wide = clamped if clamped.dim() == z.dim() else clamped.unsqueeze(-1)
+        of_var = (z - y).square() / wide**3 - 0.5 / wide.square()
+        return (1 / wide).expand_as(z), of_var.sum_to_size(wide.shape).reshape(var.shape)
+
+
 LOSSES: dict[type[nn.Module], LossRule] = {
     nn.CrossEntropyLoss: CrossEntropyRule(),
     nn.MSELoss: MSERule(),
     nn.BCEWithLogitsLoss: BCEWithLogitsRule(),
+    nn.NLLLoss: NLLRule(),
+    nn.GaussianNLLLoss: GaussianNLLRule(),
+    nn.SmoothL1Loss: SmoothL1Rule(),
+    nn.HuberLoss: HuberRule(),
 }
+
+
+def loss_rule(module: nn.Module) -> LossRule | None:
+    """Return the rule of a loss module, looked up along its class's MRO."""
+    return next((LOSSES[c] for c in type(module).__mro__ if c in LOSSES), None)
+
+
+def _broadcast(module: nn.Module, z: Tensor, y: Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(module).__name__}: input {tuple(z.shape)} and target {tuple(y.shape)} differ in shape. "
+        "Broadcast the target yourself (expand_as) so that each element of the input has its own term."
+    )
 
 
 def is_loss(module: nn.Module) -> bool:
     """Whether a module is a loss of torch (or derives from one)."""
     return isinstance(module, _Loss)
-
-
-class LossCall:
-    """One call of a loss: its detached input, target, and the edge that a sweep starts from.
-
-    It is held by a tensor hook on the loss's value and holds only what lies upstream of it.
-
-    Args:
-        module: The loss module.
-        z: Its input (the logits).
-        y: Its target.
-        batch_axis: 0; 1 if rows are to be read sequence-first.
-    """
-
-    def __init__(self, module: nn.Module, z: Tensor, y: Tensor, batch_axis: int = 0):
-        self.module, self.batch_axis = module, batch_axis
-        self.rule = next((LOSSES[c] for c in type(module).__mro__ if c in LOSSES), None)
-        self.z, self._z_version = z.detach(), z._version
-        self.y, self._y_version = y.detach(), y._version
-        self.target_requires_grad = y.requires_grad
-        self.start: GradientEdge | None = edge_of(z)
-        # the block in which the layers behind the loss were called, known in the backward pass
-        self.sharing: sharing | None = None
-
-    @property
-    def label(self) -> str:
-        """The loss's class name, for messages."""
-        return type(self.module).__name__
-
-    def check(self) -> None:
-        """Raise if the loss's Hessian root cannot be had.
-
-        Raises:
-            UnsupportedError: For a loss without a rule, or a target that requires a gradient.
-            ValueError: For ``reduction="none"``, or hyper-parameters without a real root.
-            RecordingError: If the logits or targets were overwritten since.
-        """
-        if self.rule is None:
-            known = ", ".join(cls.__name__ for cls in LOSSES)
-            raise UnsupportedError(
-                f"{self.label} has no rule for its Hessian; losses with one: {known}. For another "
-                "loss, tie its value to one of these with backpack_ext.attach_loss."
-            )
-        if self.module.reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"{self.label} has reduction={self.module.reduction!r}: the scale of the total is "
-                'unknown. Use "mean" or "sum", or tie your total to a loss with '
-                "backpack_ext.attach_loss."
-            )
-        if self.target_requires_grad:
-            raise UnsupportedError(
-                f"{self.label}: the target requires a gradient, but only the curvature with respect "
-                "to the input is computed. Detach the target."
-            )
-        if (self.z._version, self.y._version) != (self._z_version, self._y_version):
-            raise RecordingError(
-                f"{self.label}: the logits or targets were modified in place after the loss had "
-                "read them. Use out-of-place operations there."
-            )
-        self.rule.check(self.module, self.z, self.y)
-
-    @property
-    def released(self) -> bool:
-        """Whether the graph was freed by an earlier backward pass."""
-        return self.start is None
-
-    def scale(self) -> float:
-        """Return r."""
-        return self.rule.scale(self.module, self._logits(), self.y)
-
-    def gradient(self) -> Tensor:
-        """Return the loss's gradient with respect to its input: zero where no term counts."""
-        with torch.enable_grad():
-            z = self._logits().clone().requires_grad_()
-            # not through the module's hooks: this is no call of the user's
-            return torch.autograd.grad(self.module.forward(z, self.y).sum(), z)[0]
-
-    def _logits(self) -> Tensor:
-        """Logits in float32 or above: roots of probabilities need the digits."""
-        z = self.z
-        return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-
-    def layout(self, batch: int) -> Layout:
-        """Return how the data are laid out in the logits."""
-        class_axis = 1 if isinstance(self.rule, CrossEntropyRule) else None
-        segments = None
-        if self.sharing is not None:
-            size = self.z.shape[:1].numel()
-            segments = self.sharing.of_loss(size, batch, self.batch_axis)
-        return Layout(self.z.shape, batch, self.batch_axis, class_axis, segments)
-
-    def columns(self, batch: int) -> int:
-        """Return the number of columns of the exact root."""
-        segments = self.layout(batch).segments
-        if segments is None:
-            return self.rule.columns(self.module, self.z, self.y, batch)
-        # those of a single row, for each row of the datum that has most
-        return segments.width * self.rule.columns(self.module, self.z, self.y, segments.length)
-
-    def exact(self, batch: int, start: int, stop: int) -> Tensor:
-        """Return columns of the exact root, ``[v, *z.shape]``, without r."""
-        S = self.rule.exact(self.module, self._logits(), self.y, self.layout(batch), start, stop)
-        return S.to(self.z.dtype)
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Return one random column shaped like z, without r."""
-        S = self.rule.sample(self.module, self._logits(), self.y, generator)
-        return S.to(self.z.dtype)
-
-    def release(self) -> None:
-        """Let go of the logits and the graph."""
-        self.z = self.y = self.start = None

@@ -109,6 +109,18 @@ class OneHot:
         mask = None if self.mask is None else self.mask.flatten()[rows]
         return OneHot(self.index[entries], self.size, mask, bags)
 
+    def square(self) -> OneHot:
+        """Return the inputs squared, entry by entry."""
+        if self.bags is None:
+            return self
+        # a position may have a feature several times: weights add up before they are squared
+        given = self.bags.weight
+        weight = torch.ones_like(self.index, dtype=torch.float64) if given is None else given
+        keys, place = torch.unique(self.bags.row * self.size + self.index, return_inverse=True)
+        weight = weight.new_zeros(len(keys)).index_add_(0, place, weight).square()
+        bags = Bags(keys // self.size, self.bags.shape, weight)
+        return OneHot(keys % self.size, self.size, self.mask, bags)
+
     def abs(self) -> OneHot:
         """Return the inputs with absolute weights."""
         if self.bags is None or self.bags.weight is None:

@@ -18,7 +18,7 @@ from backpack_ext import (
     backpack,
     extend,
 )
-from backpack_ext.losses import LossCall
+from backpack_ext.loss_call import LossCall
 
 N, T, C = 3, 2, 4
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum"])

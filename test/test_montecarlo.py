@@ -13,7 +13,7 @@ from test_losses import LOSSES, build, by_datum, hessian
 from torch import Tensor, nn
 
 from backpack_ext import KFAC, DiagGGN, UnsupportedError, backpack, extend
-from backpack_ext.losses import LossCall
+from backpack_ext.loss_call import LossCall
 
 pytestmark = pytest.mark.montecarlo
 

@@ -1,0 +1,106 @@
+"""Hessian diagonals in a backward pass: one recursion per extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack_ext.diagonals.recursion import Recursion
+from backpack_ext.errors import RecordingError
+from backpack_ext.hesscale import DiagonalHessian
+from backpack_ext.loss_call import KnownDiagonal, LossCall
+from backpack_ext.per_datum import PerDatum
+
+# Operations between a last linear layer and the loss.
+_RESHAPES = (
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "BackwardHookFunctionBackward",
+)
+
+
+class DiagonalPass:
+    """The recursion of one extension in one backward pass.
+
+    Args:
+        ext: The extension.
+        keep: Whether the graph outlives the pass.
+        quiet: Given a device type, a context without gradients and autocast.
+        per_datum: Takes h at the outputs of layers; None if sums over the batch are wanted.
+    """
+
+    def __init__(
+        self, ext: DiagonalHessian, keep: bool, quiet: Callable, per_datum: PerDatum | None = None
+    ):
+        self.ext, self.per_datum = ext, per_datum
+        self.recursion = Recursion(
+            ext.gauss_newton,
+            ext.signs,
+            ext.warn,
+            ext.refuses_curved_glue,
+            None if per_datum is None else per_datum.observe,
+            keep,
+            quiet,
+            ext.cross_terms,
+        )
+
+    def start(self, call: LossCall | KnownDiagonal, factor: Tensor) -> None:
+        """Begin at a loss that enters the total with a factor, its reduction included."""
+        ext = self.ext
+        seeds = [(edge, h * factor) for edge, h in call.diagonals(ext.layerwise)]
+        if ext.exact_penultimate:
+            self._cross_last_layer(call, factor)
+        if self.per_datum is not None:
+            self.per_datum.prepare(self.recursion)
+        self.recursion.start(seeds)
+
+    def _cross_last_layer(self, call: LossCall | KnownDiagonal, factor: Tensor) -> None:
+        if isinstance(call, KnownDiagonal) or call.other_edges:
+            raise _no_last_layer(call.label, "its Hessian is known on the diagonal only")
+        if call.rule.is_diagonal:
+            return  # the rule of the layer is exact then
+        found = _last_layer(call.start)
+        if found is None:
+            raise _no_last_layer(call.label, "its input is not the output of a linear layer")
+        node, entry, W = found
+        if call.z.dim() != 2:
+            raise _no_last_layer(call.label, f"its input has shape {tuple(call.z.shape)}, not [N, C]")
+        self.recursion.replace(node, entry, call.penultimate(W.mT) * factor)
+
+    def finish(self, multiplier: float) -> dict:
+        """Return the parameters' diagonals, or what the extension made of those of each datum."""
+        self.recursion.end()
+        if self.per_datum is not None:
+            return self.per_datum.finish(self.ext, multiplier)
+        results, seen = self.recursion.results, set()
+        for p, h in results.items():
+            storage = h.untyped_storage().data_ptr()
+            # two parameters that are added up share what arrives at the sum
+            h = h.clone() if storage in seen and h.numel() else h.contiguous()
+            seen.add(storage)
+            results[p] = h if multiplier == 1 else h / multiplier
+        return results
+
+
+def _last_layer(edge: GradientEdge) -> tuple[Node, int, Tensor] | None:
+    """Return the product that ends at an edge, which input of it is the data, and its right factor."""
+    node = edge.node
+    while node.name() in _RESHAPES:
+        node = node.next_functions[0][0]
+    if node.name() == "AddmmBackward0" and node._saved_alpha == 1:
+        found = node, 1, node._saved_mat2
+    elif node.name() == "MmBackward0":
+        found = node, 0, node._saved_mat2
+    else:
+        return None
+    return None if found[2] is None else found
+
+
+def _no_last_layer(label: str, why: str) -> RecordingError:
+    return RecordingError(
+        f"{label}: exact_penultimate=True wants a cross-entropy on the output of a last linear layer, "
+        f"but {why}. Leave it out."
+    )

@@ -1,0 +1,157 @@
+r"""Norms: normalisation over D elements, then one scale and one shift per feature.
+
+With xh the normalised input, s the standard deviation, ``u = gamma^2 h``, ``v = gamma g`` and sums over
+the D elements,
+
+.. math::
+
+    h^{in} = \frac{1}{s^2} \Big[u (1 - \tfrac{2 + 2 \hat x^2}{D})
+        + \frac{\sum u + 2 \hat x \sum u \hat x + \hat x^2 \sum u \hat x^2}{D^2}\Big]
+        - \frac{1}{s^2 D} \Big[2 \hat x (v - \bar v - \hat x \tfrac{\sum v \hat x}{D})
+        + (1 - \tfrac{1 + \hat x^2}{D}) \sum v \hat x\Big].
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from backpack_ext.diagonals.rule import Diagonals, Step, signed
+
+
+def normalised(u: Tensor, v: Tensor | None, xh: Tensor, rstd: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Cross ``(x - mean) / s``, where mean and standard deviation are taken over ``axes``.
+
+    Args:
+        u: h at the output.
+        v: g there; None to leave the second derivative out.
+        xh: The output.
+        rstd: 1 / s, broadcast against it.
+        axes: The axes of the D elements.
+    """
+    D = prod(xh.shape[a] for a in axes)
+
+    def total(t: Tensor) -> Tensor:
+        return t.sum(axes, keepdim=True)
+
+    uxh, xh2 = u * xh, xh * xh
+    h = u * (1 - 2 * (1 + xh2) / D)
+    h += (total(u) + 2 * xh * total(uxh) + xh2 * total(uxh * xh)) / D**2
+    if v is not None:
+        G1 = total(v * xh)
+        h -= (2 * xh * (v - total(v) / D - xh * G1 / D) + (1 - (1 + xh2) / D) * G1) / D
+    return h.mul_(rstd * rstd)
+
+
+def root_mean_square(
+    u: Tensor, v: Tensor | None, xh: Tensor, rrms: Tensor, axes: tuple[int, ...]
+) -> Tensor:
+    """Cross ``x / r`` with r the root mean square over ``axes``; arguments as in `normalised`."""
+    D = prod(xh.shape[a] for a in axes)
+    xh2 = xh * xh
+    h = u * (1 - 2 * xh2 / D) + xh2 * (u * xh2).sum(axes, keepdim=True) / D**2
+    if v is not None:
+        G1 = (v * xh).sum(axes, keepdim=True)
+        h -= (2 * xh * (v - xh * G1 / D) + (1 - xh2 / D) * G1) / D
+    return h.mul_(rrms * rrms)
+
+
+def _scaled(step: Step, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``u = gamma^2 h`` and ``v = gamma g``; gamma broadcasts."""
+    (h,), g = step.h[:1], step.gradient
+    if weight is None:
+        return h, g
+    return h * weight.square(), None if g is None else g * weight
+
+
+def layer_norm(step: Step) -> Diagonals:
+    """Cross ``nn.LayerNorm``; scale: ``sum h xh^2``, shift: ``sum h``."""
+    n, need, x = step.node, step.need, step.saved("input")
+    rstd = step.saved("result2")
+    xh = (x - step.saved("result1")) * rstd
+    axes = tuple(range(-len(n._saved_normalized_shape), 0))
+    lead = tuple(range(x.dim() - len(axes)))
+    h = step.h[0]
+    return (
+        normalised(*_scaled(step, step.saved("weight")), xh, rstd, axes) if need[0] else None,
+        _summed(h * xh * xh, lead) if need[1] else None,
+        _summed(h, lead) if need[2] else None,
+    )
+
+
+def rms_norm(step: Step) -> Diagonals:
+    """Cross the fused kernel of ``nn.RMSNorm``."""
+    n, need, x = step.node, step.need, step.saved("input")
+    rrms = step.saved("result1")
+    xh, axes = x * rrms, tuple(range(-len(n._saved_normalized_shape), 0))
+    lead = tuple(range(x.dim() - len(axes)))
+    return (
+        root_mean_square(*_scaled(step, step.saved("weight")), xh, rrms, axes) if need[0] else None,
+        _summed(step.h[0] * xh * xh, lead) if need[1] else None,
+    )
+
+
+def group_norm(step: Step) -> Diagonals:
+    """Cross ``nn.GroupNorm``."""
+    n, need, x = step.node, step.need, step.saved("input")
+    N, G, C = n._saved_N, n._saved_group, n._saved_C
+    shape = (N, G, C // G, -1)
+    rstd = step.saved("result2").reshape(N, G, 1, 1)
+    xh = (x.reshape(shape) - step.saved("result1").reshape(N, G, 1, 1)) * rstd
+    weight, h = step.saved("weight"), step.h[0].reshape(shape)
+    step = step._replace(h=(h,), g=None if step.g is None else (step.g[0].reshape(shape),))
+    if weight is not None:
+        weight = weight.reshape(G, C // G, 1)
+    return (
+        normalised(*_scaled(step, weight), xh, rstd, (2, 3)).reshape(x.shape) if need[0] else None,
+        (h * xh * xh).sum((0, 3)).flatten() if need[1] else None,
+        h.sum((0, 3)).flatten() if need[2] else None,
+    )
+
+
+def batch_norm(step: Step) -> Diagonals:
+    """Cross ``nn.BatchNorm1d`` to ``3d``; in training mode the batch as a whole, exactly.
+
+    Instance norms arrive here as batch norms of one datum with N C channels.
+    """
+    n, need, x = step.node, step.need, step.saved("input")
+    axes = (0, *range(2, x.dim()))
+    shape = [1] * x.dim()
+    shape[1] = -1
+    training = getattr(n, "_saved_training", True)  # cuDNN's kernel saves it only where it may vary
+    if training:
+        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+        eps = getattr(n, "_saved_eps", None)
+        rstd = (var + (n._saved_epsilon if eps is None else eps)).rsqrt()
+    else:
+        mean, var = (step.saved(f"running_{k}").reshape(shape) for k in ("mean", "var"))
+        rstd = (var + n._saved_eps).rsqrt()
+    weight, (h,) = step.saved("weight"), step.h[:1]
+    h_in, scale = None, None
+    if need[0] or need[1]:
+        xh = (x - mean) * rstd
+        if need[1]:
+            scale = (h * xh * xh).sum(axes)
+    if need[0]:
+        u, v = _scaled(step, None if weight is None else weight.reshape(shape))
+        h_in = normalised(u, v, xh, rstd, axes) if training else u * rstd.square()
+    return h_in, scale, h.sum(axes) if need[2] else None
+
+
+def _summed(t: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return t.sum(axes) if axes else t
+
+
+def vector_norm(step: Step) -> Diagonals:
+    """Cross the Euclidean norm r over some axes: ``(x / r)^2 h + (1 - (x / r)^2) g / r``."""
+    n, x, r, (h,), g = step.node, step.saved("self"), step.saved("result"), step.h, step.gradient
+    if not n._saved_keepdim:
+        axes = n._saved_dim
+        axes = range(x.dim()) if axes is None else sorted(a % x.dim() for a in map(signed, axes))
+        for a in axes:
+            r, h, g = r.unsqueeze(a), h.unsqueeze(a), None if g is None else g.unsqueeze(a)
+    xh2 = (x / r).square()
+    out = xh2 * h
+    return (out if g is None else out + (1 - xh2) * g / r,)

@@ -1,0 +1,99 @@
+"""The graph as the recursion sees it: operations, what they read, how many read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+if TYPE_CHECKING:
+    from backpack_ext.diagonals.composite import Attention, Composite
+    from backpack_ext.diagonals.rule import DiagonalRule
+
+# The second entries of an edge that ends at a parameter, or at a transposed one.
+LEAF, TURNED = -1, -2
+
+# Where an input of an operation comes from: an operation and which of its outputs, or a parameter and
+# `LEAF` or `TURNED`; None where nothing is wanted.
+Edge = tuple["Operation | nn.Parameter", int]
+
+_LEAF = torch.zeros(1, 1, requires_grad=True)
+_ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
+_TRANSPOSE = type(_LEAF.t().grad_fn)
+
+
+class Operation:
+    """One node of the graph.
+
+    Attributes:
+        node: The node.
+        rule: Its rule, None if it has none.
+        inputs: Where its inputs come from.
+        waiting: How many inputs of operations that are still to be crossed are outputs of this one.
+        h: What has been collected, by output.
+        grads: The gradients at its outputs, once they are known.
+        watched: Whether they are needed.
+        extra: h at its input that needs not cross it any more.
+        composite: What it is the end of.
+        attention: The attention that it is the end of.
+        inside: Whether it belongs to another operation's composite.
+        done: Whether it was crossed.
+    """
+
+    __slots__ = (
+        "attention", "composite", "done", "extra", "grads", "h", "inputs", "inside", "node", "rule",
+        "waiting", "watched",
+    )  # fmt: skip
+
+    def __init__(self, node: Node, rule: DiagonalRule | None):
+        self.node, self.rule, self.waiting = node, rule, 0
+        self.h: dict[int, Tensor] = {}
+        self.inputs: list[Edge | None] = []
+        self.done = self.inside = self.watched = False
+        self.grads: tuple[Tensor | None, ...] | None = None
+        self.extra: Tensor | None = None
+        self.composite: Composite | None = None
+        self.attention: Attention | None = None
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name()
+
+    def shape(self, output: int) -> torch.Size:
+        """Return the shape of an output."""
+        return torch.Size(self.node._input_metadata[output].shape)
+
+    def add(self, output: int, h: Tensor) -> None:
+        """Collect a share of h at an output."""
+        old = self.h.get(output)
+        self.h[output] = h if old is None else old + h
+
+
+def leaf_edge(node: Node) -> Edge | bool:
+    """Return the edge that ends at a parameter; True for another tensor, False inside of the graph."""
+    kind, place = type(node), LEAF
+    if kind is _TRANSPOSE:
+        node, place = node.next_functions[0][0], TURNED
+        kind = type(node)
+    if kind is not _ACCUMULATE:
+        return False
+    p = node.variable
+    return (p, place) if isinstance(p, nn.Parameter) else True
+
+
+def shape_of(edge: Edge) -> torch.Size:
+    """Return the shape of the tensor at an edge."""
+    target, place = edge
+    if place >= 0:
+        return target.shape(place)
+    return target.shape if place == LEAF else target.shape[::-1]
+
+
+def same(one: Edge | None, other: Edge | None) -> bool:
+    """Whether two edges are one; comparing parameters themselves would compare their entries."""
+    if one is None or other is None:
+        return one is other
+    return one[0] is other[0] and one[1] == other[1]

@@ -1,0 +1,391 @@
+r"""The recursion of Hessian diagonals through the graph of one backward pass.
+
+Every operation of the graph is a module of the recursion: from the loss on, h is collected at the
+outputs of an operation from all that read them, crosses it by its rule, and is added at its inputs. A
+join of a residual net is an operation like any other, so that time is linear in depth. At a parameter
+it arrives as the parameter's own diagonal.
+
+An operation with a second derivative needs the gradient at its output, and waits for the main backward
+pass to bring it there. All others are crossed as soon as their h is complete. In any case this is before
+the main backward pass executes them, and what they saved is still there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack_ext.diagonals.composite import attention_of, attention_scores, composite_of
+from backpack_ext.diagonals.operation import LEAF, Edge, Operation, leaf_edge
+from backpack_ext.diagonals.rule import Diagonals, Step, rule_of
+from backpack_ext.diagonals.softmax import softmax_curvature
+from backpack_ext.diagonals.unknown import by_signs, check_known
+from backpack_ext.errors import RecordingError
+from backpack_ext.own_pass import in_a_pass_of_its_own
+from backpack_ext.sweep import Receiver
+
+
+class Arrival:
+    """A hook on a node that hands the gradients at its outputs to the recursion.
+
+    The node owns it, so it holds neither the node nor, strongly, the recursion.
+    """
+
+    __slots__ = ("node", "recursion")
+
+    def __init__(self, recursion: weakref.ref[Recursion]):
+        self.recursion = recursion
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Go on from here."""
+        if Receiver.active is not None:  # a nested pass
+            return
+        recursion = self.recursion()
+        if recursion is not None:
+            recursion.arrive(torch._C._current_autograd_node(), grads)
+
+
+class Recursion:
+    """The Hessian diagonals of one extension in one backward pass.
+
+    Args:
+        gauss_newton: Whether second derivatives are left out.
+        signs: Returns random signs shaped like a tensor.
+        warn: Called with the name of an operation that is crossed by random signs.
+        refuse: Whether to raise where such an operation has a second derivative.
+        observe: Called with a node, h and, if needed, g at its outputs, before it is crossed.
+        keep: Whether the graph outlives the pass, so that hooks have to be removed.
+        quiet: Given a device type, a context without gradients and autocast.
+        cross_terms: Whether additions get their cross terms.
+
+    Attributes:
+        results: The diagonals of the parameters.
+    """
+
+    def __init__(
+        self,
+        gauss_newton: bool,
+        signs: Callable[[Tensor], Tensor],
+        warn: Callable[[str], None],
+        refuse: bool,
+        observe: Callable[[Node, dict[int, Tensor], Diagonals | None], None] | None,
+        keep: bool,
+        quiet: Callable[[str], AbstractContextManager],
+        cross_terms: bool = False,
+    ):
+        self.gauss_newton, self.signs, self.warn, self.refuse = gauss_newton, signs, warn, refuse
+        self.observe, self.keep, self.cross_terms = observe, keep, cross_terms
+        self.quiet = quiet
+        self.operations: dict[Node, Operation] = {}
+        self.results: dict[nn.Parameter, Tensor] = {}
+        self.ready: list[Operation] = []
+        self.handles: list = []
+        self.watched: set[Node] = set()  # where gradients are needed for other reasons
+        self.inside: set[Node] = set()  # nodes of composites
+        self.left = 0  # inputs of operations that are parameters and have got nothing yet
+        self.hooked = False  # do saved tensors come from hooks (activation checkpointing)?
+        self.replaced: dict[tuple[Operation, int], Tensor] = {}
+
+    # ------------------------------------------------------------------ events
+
+    def start(self, seeds: Sequence[tuple[GradientEdge, Tensor]]) -> None:
+        """Begin at the inputs of a loss.
+
+        Args:
+            seeds: Edges, each with the diagonal of the loss's Hessian there.
+        """
+        new: list[Operation] = []
+        starts = []
+        for edge, h in seeds:
+            leaf = leaf_edge(edge.node)
+            if not leaf:
+                starts.append((self._explore(edge.node, new), edge.output_nr, h))
+            elif leaf is not True:
+                self._collect(leaf[0], h if leaf[1] == LEAF else h.mT)
+        self._prepare(new)
+        for op, output, h in starts:
+            if op.done:
+                self._reopen(op)
+            op.add(output, h)
+        for op in dict.fromkeys(op for op, _, _ in starts):
+            if not op.waiting:
+                self.ready.append(op)
+        self.run()
+
+    def replace(self, node: Node, entry: int, h: Tensor) -> None:
+        """Have ``h`` arrive at an input of an operation, whatever its rule says."""
+        op = self._explore(node, new := [])
+        self._prepare(new)
+        if (op, entry) in self.replaced:
+            raise RecordingError(
+                "exact_penultimate=True: two losses of one backward pass read the same last "
+                "layer, whose Hessian is known for each alone. Use one backward pass per loss."
+            )
+        self.replaced[op, entry] = h
+
+    def arrive(self, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+        """Take the gradients at the outputs of an operation that the main pass is about to execute."""
+        op = self.operations.get(node)
+        if op is None or op.inside or op.done:
+            return
+        op.grads = grads
+        if op.waiting:
+            raise RecordingError(
+                f"Hessian diagonals: {op.name} is differentiated before all that reads it was. This is "
+                "a defect of backpack_ext, please report it."
+            )
+        self.ready.append(op)
+        g = grads[0]
+        with self.quiet("cpu" if g is None else g.device.type):
+            self.run()
+
+    def end(self) -> None:
+        """Let go of hooks; check that nothing is missing."""
+        for handle in self.handles:
+            handle.remove()
+        left = self.left and [
+            op.name
+            for node, op in self.operations.items()
+            if not (op.done or op.inside) and torch._C._will_engine_execute_node(node)
+        ]
+        self.operations, self.watched = {}, set()
+        if left:
+            raise RecordingError(
+                f"Hessian diagonals: no gradient arrived at the output of {left[0]}, although the loss "
+                "depends on it. An operation behind it returned none (a custom autograd.Function?)."
+            )
+
+    # ------------------------------------------------------------------ the graph
+
+    def _explore(self, start: Node, new: list[Operation]) -> Operation:
+        """Add what lies behind a node to the operations."""
+        operations = self.operations
+        first = operations.get(start)
+        if first is not None:
+            return first
+        first = operations[start] = Operation(start, rule_of(start))
+        stack = [first]
+        while stack:
+            op = stack.pop()
+            new.append(op)
+            inputs = op.inputs
+            for node, output in op.node.next_functions:
+                if node is None:
+                    inputs.append(None)
+                    continue
+                child = operations.get(node)
+                if child is None:
+                    leaf = leaf_edge(node)
+                    if leaf:
+                        if leaf is True:
+                            inputs.append(None)
+                        else:
+                            inputs.append(leaf)
+                            self.left += 1
+                        continue
+                    child = operations[node] = Operation(node, rule_of(node))
+                    stack.append(child)
+                elif child.done:
+                    self._reopen(child)
+                elif child.inside:
+                    self._dissolve(child)
+                child.waiting += 1
+                inputs.append((child, output))
+        return first
+
+    def _prepare(self, new: list[Operation]) -> None:
+        """Find what belongs together, and have gradients brought where they are needed."""
+        joins = [op for op in new if len(op.inputs) > 1 and op.rule is not None and op.rule.joins]
+        if len(joins) > 1:
+            joins.sort(key=_made, reverse=True)  # the outermost first
+        for op in joins:
+            if op.inside:
+                continue
+            op.composite = composite_of(op)
+            if op.composite is not None:
+                self.inside.add(op.node)
+                for inner in op.composite.inside:
+                    inner.inside = True
+                    self.inside.add(inner.node)
+            else:
+                op.attention = attention_of(op)
+        for op in new:
+            if op.inside:
+                continue
+            if not self.hooked:
+                self.hooked = _has_hooks(op.node)
+            if op.rule is None:
+                name = op.name
+                check_known(name)
+                self.warn(name)
+            if not self.gauss_newton:
+                self._watch(op)
+
+    def _watch(self, op: Operation) -> None:
+        """Have the gradient at an operation brought, if it has a second derivative."""
+        curved = True
+        if op.composite is None and op.rule is not None:
+            curved = op.rule.curved
+            if callable(curved):
+                curved = curved([edge is not None for edge in op.inputs])
+        if (curved or op.node in self.watched) and not op.watched:
+            op.watched = True
+            handle = op.node.register_prehook(Arrival(weakref.ref(self)))
+            if self.keep:
+                self.handles.append(handle)
+
+    def _reopen(self, op: Operation) -> None:
+        """Have an operation crossed once more, by what a further loss brings."""
+        op.done = False
+        edges = op.inputs
+        if op.composite is not None:
+            edges = [op.composite.start] * op.composite.reads
+        for edge in edges:
+            if edge is None:
+                continue
+            target, place = edge
+            if place < 0:
+                self.left += 1
+                continue
+            target.waiting += 1
+            if target.done:
+                self._reopen(target)
+
+    def _dissolve(self, inner: Operation) -> None:
+        """Take a composite apart, because a further loss reads an operation inside of it."""
+        for op in self.operations.values():
+            if op.composite is not None and inner in op.composite.inside:
+                whole, op.composite = op.composite, None
+                for part in (op, *whole.inside):
+                    part.inside = False
+                    self.inside.discard(part.node)
+                    if not self.gauss_newton:
+                        self._watch(part)
+                return
+
+    # ------------------------------------------------------------------ crossing
+
+    def run(self) -> None:
+        """Cross all operations that wait for nothing."""
+        if self.hooked:
+            # what checkpointing recomputes is handed out once per pass, and is the main one's
+            in_a_pass_of_its_own(self._run)
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        ready = self.ready
+        while ready:
+            op = ready.pop()
+            if op.watched and op.grads is None:
+                continue  # until the gradients arrive
+            h, op.h, grads, op.grads, op.done = op.h, {}, op.grads, None, True
+            if self.observe is not None and h:
+                self.observe(op.node, h, grads)
+            self._cross(op, h, grads)
+
+    def _cross(self, op: Operation, h: dict[int, Tensor], grads: Diagonals | None) -> None:
+        """Carry h across an operation."""
+        known = h.get(0)
+        if known is None or len(h) > 1 or op.rule is None or op.rule.several:
+            hs = [h.get(k) for k in range(len(op.node._input_metadata))]
+        else:
+            hs = (known,)
+        if grads is not None and all(g is None for g in grads):
+            grads = None
+        if not h:
+            if op.extra is not None:  # probabilities that only a product with values reads
+                self._pass_on(op, [self._behind_softmax(op, grads)])
+                return
+            if grads is None:
+                self._pass_on(op, [None] * len(op.inputs))
+                return
+            # what reads it has no curvature, but it has
+            hs = [None if g is None else torch.zeros_like(g, dtype=_wide(g.dtype)) for g in grads]
+        step = Step(op.node, hs, grads, [edge is not None for edge in op.inputs])
+        if op.composite is not None:
+            self._give(op.composite.start, op.composite.cross(step), op.composite.reads)
+            return
+        if op.attention is not None:
+            softmax = op.attention.softmax
+            found = attention_scores(op.attention, step)
+            softmax.extra = found if softmax.extra is None else softmax.extra + found
+            step.need[0] = False
+        if op.rule is None:
+            out = by_signs(step, self.signs, self.refuse)
+        else:
+            out = op.rule.cross(step)
+        if op.extra is not None:
+            out, op.extra = [out[0] + op.extra], None
+        if self.replaced:
+            out = [self.replaced.get((op, k), t) for k, t in enumerate(out)]
+        self._pass_on(op, out)
+
+    def _behind_softmax(self, op: Operation, grads: Diagonals | None) -> Tensor:
+        found, op.extra = op.extra, None
+        if grads is None:
+            return found
+        p = op.node._saved_result.to(found.dtype)
+        return found + softmax_curvature(p, grads[0].to(found.dtype))
+
+    def _pass_on(self, op: Operation, out: Iterable[Tensor | None]) -> None:
+        """Add h to the inputs of an operation."""
+        for edge, h in zip(op.inputs, out, strict=False):
+            if edge is not None:
+                self._give(edge, h, 1)
+
+    def _give(self, edge: Edge, h: Tensor | None, reads: int) -> None:
+        target, place = edge
+        if place < 0:
+            self.left -= reads
+            if h is not None:
+                self._collect(target, h if place == LEAF else h.mT)
+            return
+        if h is not None:
+            op_shape = target.node._input_metadata[place].shape
+            if h.shape != op_shape:
+                h = h.sum_to_size(op_shape)
+            old = target.h.get(place)
+            target.h[place] = h if old is None else old + h
+        target.waiting -= reads
+        if not target.waiting:
+            self.ready.append(target)
+
+    def _collect(self, p: nn.Parameter, h: Tensor) -> None:
+        if h.shape != p.shape:
+            if p.dim() == 1 and h.dim() == 2 and h.shape[1] == len(p):  # a bias; faster
+                h = h[0] if len(h) == 1 else h.sum(0)
+            else:
+                h = h.sum_to_size(p.shape)
+        old = self.results.get(p)
+        self.results[p] = h if old is None else old + h
+
+
+def _made(op: Operation) -> int:
+    return op.node._sequence_nr()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# For each type of node the names of tensors that it saves.
+_saves: dict[type, tuple[str, ...]] = {}
+
+
+def _has_hooks(node: Node) -> bool:
+    """Whether a saved tensor is unpacked by a hook, as under activation checkpointing."""
+    kind = type(node)
+    names = _saves.get(kind)
+    if names is None:
+        names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in names:
+        raw = getattr(node, name)
+        if raw is not None and not isinstance(raw, (list, tuple)):
+            return getattr(raw, "unpack_hook", None) is not None
+    return False

@@ -1,0 +1,153 @@
+"""What the recursion needs to know about an operation of the graph, and how to tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+# Diagonals, or gradients, at the outputs (or inputs) of an operation; None where there is none.
+Diagonals = Sequence[Tensor | None]
+
+
+class Step(NamedTuple):
+    """One operation F on the way of the recursion.
+
+    Args:
+        node: The operation's node; it still holds what it saved for its backward.
+        h: The Hessian diagonal at each of its outputs, in float32 or above; None where it is zero.
+        g: The gradient at each of its outputs; None if the second derivative of F is left out.
+        need: For each of its inputs, whether the recursion goes on there.
+    """
+
+    node: Node
+    h: Diagonals
+    g: Diagonals | None
+    need: Sequence[bool]
+
+    def saved(self, name: str) -> Tensor | None:
+        """Return a tensor that the operation saved, in the data type of h."""
+        t = getattr(self.node, f"_saved_{name}")
+        if t is None or not t.is_floating_point():
+            return t
+        dtype = self.dtype
+        return t if t.dtype == dtype else t.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of h."""
+        h = self.h[0]
+        return (next(h for h in self.h if h is not None) if h is None else h).dtype
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient at the only output, in the data type of h."""
+        g = None if self.g is None else self.g[0]
+        return g if g is None or g.dtype == self.h[0].dtype else g.to(self.h[0].dtype)
+
+
+class DiagonalRule(NamedTuple):
+    r"""How a Hessian diagonal crosses an operation F.
+
+    .. math::  h^{in}_j = \sum_i J_{ij}^2 h_i + \sum_i g_i \frac{\partial^2 F_i}{\partial x_j^2}
+
+    Args:
+        cross: Maps a `Step` to h at each of the operation's inputs. Where an input was broadcast, h may
+            have the output's shape.
+        curved: Whether there is a second term, so that gradients are needed; or, given which inputs are
+            needed, whether there is one for them.
+        joins: Whether it may be the end of several operations that are crossed as one.
+        several: Whether h at other outputs than the first counts.
+    """
+
+    cross: Callable[[Step], Diagonals]
+    curved: bool | Callable[[Sequence[bool]], bool] = False
+    joins: bool = False
+    several: bool = False
+
+
+# Filled by diagonals/__init__.py, where the whole table is in sight, and by `register_diagonal_rule`.
+RULES: dict[str, DiagonalRule] = {}
+
+
+def register_diagonal_rule(
+    operation: str, curved: bool = True, overwrite: bool = False
+) -> Callable[[Callable[[Step], Diagonals]], Callable[[Step], Diagonals]]:
+    r"""Decorate a function that carries a Hessian diagonal across an operation, for all extensions.
+
+    .. math::  h^{in}_j = \sum_i J_{ij}^2 h_i + \sum_i g_i \frac{\partial^2 F_i}{\partial x_j^2}
+
+    Args:
+        operation: Name of the operation's node in the graph, ``output.grad_fn.name()``: for a
+            ``torch.autograd.Function`` its class's name with ``Backward`` behind it.
+        curved: Whether there is a second term. If not, ``step.g`` is None.
+        overwrite: Whether to replace an existing rule.
+
+    Raises:
+        ValueError: If the operation has a rule and ``overwrite`` is False.
+
+    Example:
+        >>> class Square(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         ctx.save_for_backward(x)
+        ...         return x * x
+        ...     @staticmethod
+        ...     def backward(ctx, g):
+        ...         return 2 * ctx.saved_tensors[0] * g
+        >>> @register_diagonal_rule("SquareBackward")
+        ... def square(step):
+        ...     (x,) = step.node.saved_tensors
+        ...     h = 4 * x**2 * step.h[0]
+        ...     return [h if step.g is None else h + 2 * step.gradient]
+    """
+
+    def decorate(cross: Callable[[Step], Diagonals]) -> Callable[[Step], Diagonals]:
+        if operation in RULES and not overwrite:
+            raise ValueError(
+                f"{operation} already has the rule {RULES[operation]!r}; use overwrite=True."
+            )
+        RULES[operation] = DiagonalRule(cross, curved)
+        found.clear()
+        return cross
+
+    return decorate
+
+
+# Rules by type of node, filled as operations are met. Some types are shared by several operations.
+found: dict[type, DiagonalRule | None] = {}
+_SHARED = "CppFunction"
+
+
+def rule_of(node: Node) -> DiagonalRule | None:
+    """Return the rule of a node; None if it has none."""
+    kind = type(node)
+    if kind in found:
+        return found[kind]
+    rule = RULES.get(node.name())
+    if kind.__name__ != _SHARED:
+        found[kind] = rule
+    return rule
+
+
+def call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
+    """Return an operation's vector-Jacobian product."""
+    # C++ nodes are callable, those of a custom autograd.Function have `apply`
+    out = node(*arguments) if callable(node) else node.apply(*arguments)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def crossed(step: Step, d1: Tensor, d2: Tensor | None) -> Tensor:
+    """Return ``f'^2 h + f'' g`` of an elementwise function."""
+    (h,), g = step.h, step.gradient
+    out = d1 * d1
+    out *= h
+    return out if d2 is None or g is None else out.addcmul_(d2, g)
+
+
+def signed(axis: int) -> int:
+    """Return an axis or index that torch hands out as an unsigned number."""
+    return axis - 2**64 if axis >= 2**63 else axis

@@ -1,0 +1,103 @@
+r"""Operations without a rule: random signs and autograd.
+
+With signs r, and u at the operation's inputs,
+
+.. math::
+
+    h^{in} = \big(J^T r \sqrt{|h|}\big) \odot \big(J^T r \, \mathrm{sign}(h) \sqrt{|h|}\big)
+             + u \odot \nabla_x \big\langle J(x)^T g, u \big\rangle,
+
+exact wherever no two outputs share an input and the second derivative is diagonal (elementwise
+functions, moves, scalings, reductions that are linear), unbiased elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from backpack_ext.context import SuspendBackpack
+from backpack_ext.diagonals.rule import Diagonals, Step, call
+from backpack_ext.errors import UnsupportedError
+from backpack_ext.sweep import silent
+
+# Operations that hide many others, with their parameters: random signs would say next to nothing.
+OPAQUE = {
+    "CompiledFunctionBackward": "torch.compile: compile the parts, or run the model as it is",
+    "MkldnnRnnLayerBackward0": "a fused kernel: extend the model, which switches it off",
+    "CudnnRnnBackward0": "a fused kernel: extend the model, which switches it off",
+    "MiopenRnnBackward0": "a fused kernel: extend the model, which switches it off",
+    "CheckpointFunctionBackward": "activation checkpointing: pass use_reentrant=False",
+}
+
+Signs = Callable[[Tensor], Tensor]
+
+
+def check_known(name: str) -> None:
+    """Raise if an operation cannot be crossed at all."""
+    if name in OPAQUE:
+        raise UnsupportedError(f"No Hessian diagonal can cross {name} ({OPAQUE[name]}).")
+
+
+def by_signs(step: Step, signs: Signs, refuse: bool) -> Diagonals:
+    """Cross any operation.
+
+    Args:
+        step: The operation.
+        signs: Returns random signs shaped like a tensor.
+        refuse: Whether to raise where there is a second term.
+    """
+    roots, others = [], []
+    for h in step.h:
+        root = None if h is None else h.abs().sqrt_() * signs(h)
+        roots.append(root)
+        others.append(None if h is None else root * h.sign())
+    left, right = call(step.node, roots), call(step.node, others)
+    out = [None if a is None else a * b for a, b in zip(left, right, strict=True)]
+    if step.g is not None:
+        for k, more in enumerate(_curvature(step, signs, refuse)):
+            if more is not None:
+                out[k] = more if out[k] is None else out[k] + more
+    return out
+
+
+def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
+    """Return the second term for each input; None where it is zero."""
+    node = step.node
+    out: list[Tensor | None] = []
+    with torch.enable_grad(), silent(), SuspendBackpack():
+        moved = call(node, step.g)
+        for k, (v, need) in enumerate(zip(moved, step.need, strict=True)):
+            out.append(None)
+            if v is None or not need or not v.requires_grad:
+                continue
+            edge = GradientEdge(*node.next_functions[k])
+            try:
+                u = signs(v)
+                (Hu,) = torch.autograd.grad([v], [edge], [u], retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    f"{node.name()} has no rule for Hessian diagonals and cannot be "
+                    "differentiated twice "
+                    f"({error}). Register its derivatives with backpack_ext.register_activation "
+                    "or a rule with backpack_ext.register_diagonal_rule, or use gauss_newton=True."
+                ) from error
+            if Hu is None:
+                continue
+            if refuse:
+                raise UnsupportedError(
+                    f"{node.name()} has no rule for Hessian diagonals, and its second derivative "
+                    "would be "
+                    'estimated with random signs, which on_curved_glue="raise" refuses. Register a rule '
+                    "with backpack_ext.register_diagonal_rule."
+                )
+            out[k] = (u * Hu).to(step.dtype)
+    return out
+
+
+def twice(step: Step) -> Diagonals:
+    """Cross an elementwise operation: exact, whatever the signs."""
+    return by_signs(step, torch.ones_like, False)
