@@ -1,1 +1,20 @@
-"""Optimizers that use the library's curvature. None is implemented yet; the name is reserved."""
+"""Optimizers that use what a backward pass computes with ``backpack_ext``'s extensions.
+
+.. code-block:: python
+
+    opt = AdaHesScale(model, lr=1e-3)
+    for x, y in loader:
+        opt.zero_grad()
+        with backpack(*opt.extensions()):
+            loss_fn(model(x), y).backward()
+        opt.step()
+
+Each is a ``torch.optim.Optimizer``: parameter groups, schedulers, closures, checkpoints and
+``GradScaler`` work as usual. `HesScaleStep` wraps any optimizer and shortens its steps.
+"""
+
+from optim.adahesscale import AdaHesScale, adahesscale
+from optim.base import CurvatureOptimizer
+from optim.hesscale_step import HesScaleStep
+
+__all__ = ["AdaHesScale", "CurvatureOptimizer", "HesScaleStep", "adahesscale"]
