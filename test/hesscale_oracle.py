@@ -103,8 +103,11 @@ class Graph:
 
 
 def as_function(module: nn.Module, n_inputs: int = 1) -> Callable[..., Tensor]:
-    """A copy of the module as a function of its inputs, followed by its parameters."""
+    """A copy of the module as a function of its inputs, followed by its parameters; not in place."""
     module = deepcopy(module)
+    for m in module.modules():
+        if hasattr(m, "inplace"):
+            m.inplace = False
     names = [name for name, _ in module.named_parameters()]
 
     def fn(*args: Tensor) -> Tensor:
