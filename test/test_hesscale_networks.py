@@ -73,8 +73,8 @@ def part(x: Tensor, k: int, of: int = 3, axis: int = -1) -> Tensor:
     return x.chunk(of, axis)[k]
 
 
-def attention_graph(g: Graph, q: str, k: str, v: str, eager: bool, causal: bool = False) -> str:
-    """Attention of two heads: softmax and values are one module, or eagerly two."""
+def attention_graph(g: Graph, q: str, k: str, v: str, causal: bool = False) -> str:
+    """Attention of two heads: the scores, and what softmax and values make of them, however written."""
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
         q, k = heads(q, 2), heads(k, 2)
@@ -82,11 +82,7 @@ def attention_graph(g: Graph, q: str, k: str, v: str, eager: bool, causal: bool 
         hidden = ~torch.ones(S.shape[-2:], dtype=torch.bool).tril()
         return S.masked_fill(hidden, -math.inf) if causal else S
 
-    S = g(scores, q, k)
-    if eager:
-        A = g(lambda S: S.softmax(-1), S)
-        return g(lambda A, v: merged(A @ heads(v, 2)), A, v)
-    return g(lambda S, v: merged(S.softmax(-1) @ heads(v, 2)), S, v)
+    return g(lambda S, v: merged(S.softmax(-1) @ heads(v, 2)), g(scores, q, k), v)
 
 
 class Transformer(nn.Module):
@@ -119,7 +115,7 @@ class Transformer(nn.Module):
         x = g(torch.add, x, "position")
         qkv = g.chain(self, x, "norm1", "qkv")
         q, k, v = (g(partial(part, k=k), qkv) for k in range(3))
-        x = g(torch.add, x, g.layer(self, "proj", attention_graph(g, q, k, v, self.eager, causal=True)))
+        x = g(torch.add, x, g.layer(self, "proj", attention_graph(g, q, k, v, causal=True)))
         z = g(F.gelu, g.chain(self, x, "norm2", "up"))
         x = g(torch.add, x, g.layer(self, "down", z))
         return g.layer(self, "head", g(lambda x: x.mean(1), x))
@@ -144,7 +140,7 @@ class Attention(nn.Module):
     def graph(self, g: Graph, x: str) -> str:
         qkv = g(F.linear, x, "attention.in_proj_weight", "attention.in_proj_bias")
         q, k, v = (g(partial(part, k=k), qkv) for k in range(3))
-        z = attention_graph(g, q, k, v, eager=self.options["need_weights"])
+        z = attention_graph(g, q, k, v)
         z = g(F.linear, z, "attention.out_proj.weight", "attention.out_proj.bias")
         return g.layer(self, "head", g(lambda z: z.mean(1), z))
 
@@ -169,7 +165,7 @@ class CrossAttention(nn.Module):
         weights = [g(partial(part, k=k, axis=0), weight) for k in range(3)]
         biases = [g(partial(part, k=k, axis=0), bias) for k in range(3)]
         q, k, v = (g(F.linear, *args) for args in zip(inputs, weights, biases, strict=True))
-        z = attention_graph(g, q, k, v, eager=self.options["need_weights"])
+        z = attention_graph(g, q, k, v)
         z = g(F.linear, z, "attention.out_proj.weight", "attention.out_proj.bias")
         return g.layer(self, "head", g(lambda z: z.mean(1), z))
 
@@ -189,7 +185,7 @@ class Encoder(nn.Module):
         at = "layer.self_attn"
         qkv = g(F.linear, x, f"{at}.in_proj_weight", f"{at}.in_proj_bias")
         q, k, v = (g(partial(part, k=k), qkv) for k in range(3))
-        z = attention_graph(g, q, k, v, eager=False)
+        z = attention_graph(g, q, k, v)
         z = g(F.linear, z, f"{at}.out_proj.weight", f"{at}.out_proj.bias")
         x = g.layer(self, "layer.norm1", g(torch.add, x, z))
         z = g.layer(self, "layer.linear2", g(F.gelu, g.layer(self, "layer.linear1", x)))
@@ -225,7 +221,7 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(self.hidden(self.embed(tokens).mean(1))), self.embed.weight)
 
     def graph(self, g: Graph, tokens: Tensor) -> str:
-        x = g(lambda W: F.embedding(tokens, W).mean(1), "embed.weight")
+        x = g(lambda x: x.mean(1), g(lambda W: F.embedding(tokens, W), "embed.weight"))
         return g(F.linear, g(torch.tanh, g.layer(self, "hidden", x)), "embed.weight")
 
 
@@ -324,7 +320,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
             *(nn.Conv2d(3, 4, 2), nn.GroupNorm(2, 4), nn.SiLU(), nn.AvgPool2d(2, 1, padding=1)),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
         ),
-        torch.randn(N, 2, 4, 5),
+        torch.randn(N, 2, 5, 7),
     ),
     "in place": lambda: (
         Chain(nn.Linear(3, 4), nn.SiLU(inplace=True), nn.Linear(4, 3), nn.ELU(0.7, inplace=True)),
@@ -411,7 +407,7 @@ def test_each_datum(name: str, reduction: str):
     x, y = x.detach(), torch.randint(3, (N,))
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
     with backpack(HesScale(), HesScale(batch=True)):
-        extend(loss_fn)(model(x), y).backward()
+        extend(loss_fn)(extend(model)(x), y).backward()
     factor = 1 / N if reduction == "mean" else 1.0
     rows = []
     for datum, target in zip(x.split(1), y.split(1), strict=True):
@@ -602,7 +598,7 @@ def test_a_scaled_loss(factor: float, batch: bool):
     field = "hesscale_batch" if batch else "hesscale"
     for scale in (1.0, factor):
         with backpack(HesScale(batch=batch)):
-            (scale * extend(nn.CrossEntropyLoss())(model(x), y)).backward()
+            (scale * extend(nn.CrossEntropyLoss())(extend(model)(x), y)).backward()
         found.append([getattr(p, field).clone() for p in model.parameters()])
     for plain, scaled in zip(*found, strict=True):
         close(scaled, factor * plain, 1e-12)

@@ -133,7 +133,13 @@ def padded(
 
 
 TOKENS = torch.tensor([[0, 3, 1], [1, 1, 5]])
-BAGS = torch.tensor([[0, 3, 3], [1, 2, 5]])
+BAGS = torch.tensor([[0, 3, 4], [3, 2, 5]])
+REPEATED = torch.tensor([[0, 3, 3], [1, 2, 2]])
+
+
+def bags(mode: str, tokens: Tensor, reference: Callable[[Tensor], Tensor]) -> Case:
+    return layer(nn.EmbeddingBag, 6, 4, mode=mode, on=(), fixed=(tokens,), reference=reference)
+
 
 LAYERS = {
     "Linear": layer(nn.Linear, 3, 5, on=(4, 3)),
@@ -167,11 +173,14 @@ LAYERS = {
     "Bilinear": layer(nn.Bilinear, 3, 4, 2, on=((5, 3), (5, 4))),
     "Embedding": layer(nn.Embedding, 6, 4, on=(), fixed=(TOKENS,)),
     "Embedding, padding": layer(nn.Embedding, 6, 4, padding_idx=1, on=(), fixed=(TOKENS,)),
-    "EmbeddingBag, sum": layer(
-        nn.EmbeddingBag, 6, 4, mode="sum", on=(), fixed=(BAGS,), reference=lambda W: W[BAGS].sum(1)
-    ),
-    "EmbeddingBag, mean": layer(
-        nn.EmbeddingBag, 6, 4, mode="mean", on=(), fixed=(BAGS,), reference=lambda W: W[BAGS].mean(1)
+    "EmbeddingBag, sum": bags("sum", BAGS, lambda W: W[BAGS].sum(1)),
+    "EmbeddingBag, mean": bags("mean", BAGS, lambda W: W[BAGS].mean(1)),
+    "EmbeddingBag, tokens repeated": bags("sum", REPEATED, lambda W: W[REPEATED].sum(1)),
+    "EmbeddingBag, mean, tokens repeated": bags("mean", REPEATED, lambda W: W[REPEATED].mean(1)),
+    "EmbeddingBag, offsets": function(
+        lambda W: F.embedding_bag(TOKENS.flatten(), W, torch.tensor([0, 2]), mode="mean", padding_idx=5),
+        (6, 4),
+        reference=lambda W: torch.stack([W[[0, 3]].mean(0), W[[1, 1, 1]].mean(0)]),
     ),
 }
 
@@ -190,7 +199,6 @@ ACTIVATIONS = {
     "ELU": nn.ELU,
     "ELU, alpha": partial(nn.ELU, alpha=0.6),
     "SELU": nn.SELU,
-    "CELU": partial(nn.CELU, alpha=0.7),
     "LeakyReLU": partial(nn.LeakyReLU, 0.2),
     "ReLU": nn.ReLU,
     "ReLU6": nn.ReLU6,
@@ -206,9 +214,17 @@ ACTIVATIONS = {
     "RReLU": nn.RReLU,
     "GLU": nn.GLU,
 }
+
+
+def celu(x: Tensor) -> Tensor:
+    """As defined: torch's derivative of `F.celu` is that of an alpha rounded to single precision."""
+    return x.clamp_min(0) + (0.7 * torch.expm1(x / 0.7)).clamp_max(0)
+
+
 ELEMENTWISE = {
     **{name: layer(make, on=(3, 4)) for name, make in ACTIVATIONS.items()},
     "Hardsigmoid": layer(nn.Hardsigmoid, on=(3, 4), reference=lambda x: F.relu6(x + 3) / 6),
+    "CELU": layer(nn.CELU, 0.7, on=(3, 4), reference=celu),
     "PReLU, channels": layer(nn.PReLU, 3, on=(2, 3, 4)),
     "RReLU, training": layer(nn.RReLU, on=(3, 4), train=True),
     "GLU over channels": layer(nn.GLU, 1, on=(2, 4, 3)),
