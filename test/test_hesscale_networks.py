@@ -18,6 +18,7 @@ from hesscale_oracle import Graph, Module, bl89_seed, exact_diagonal, forward, p
 from models import Problem
 from oracle import close, ggn_diag
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backpack_ext import BL89, HesScale, backpack, extend
 
@@ -247,6 +248,8 @@ CELL = [f"cell.{name}" for name in ("weight_ih", "bias_ih", "weight_hh", "bias_h
 class Recurrent(nn.Module):
     """A cell unrolled over two steps of `[N, 2, 3]`."""
 
+    names = CELL
+
     def __init__(self, cell: type[nn.Module]):
         super().__init__()
         self.cell, self.head = cell(3, 4), nn.Linear(4, 3)
@@ -258,7 +261,7 @@ class Recurrent(nn.Module):
 
     def gates(self, g: Graph, x: str, hidden: str | None) -> tuple[str, str]:
         """What the input and the hidden state contribute; a state that is zero leaves the bias."""
-        W_ih, b_ih, W_hh, b_hh = CELL
+        W_ih, b_ih, W_hh, b_hh = self.names
         if hidden is not None:
             return g(F.linear, x, W_ih, b_ih), g(F.linear, hidden, W_hh, b_hh)
         zeros = torch.zeros(1, 4)
@@ -298,6 +301,114 @@ class GRU(Recurrent):
         n = g(torch.tanh, g(torch.add, nx, g(torch.mul, nh, r)))
         step = g(torch.sub, state[0], n) if state else g(torch.neg, n)
         return (g(torch.add, g(torch.mul, step, z), n),)
+
+
+LSTM_LAYER = [f"layer.{name}_l0" for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")]
+
+
+class LSTMLayer(LSTM):
+    """`nn.LSTM`, the cell over all steps."""
+
+    names = LSTM_LAYER
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.layer, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+class Llama(nn.Module):
+    """Norms by hand, queries that share a head of keys, a gated MLP; the last token is read out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.scale1, self.scale2 = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.q, self.k, self.v = (nn.Linear(4, d, bias=False) for d in (4, 2, 2))
+        self.o, self.gate, self.up = (nn.Linear(4, d, bias=False) for d in (4, 5, 5))
+        self.down, self.head = nn.Linear(5, 4, bias=False), nn.Linear(4, 3, bias=False)
+
+    def norm(self, x: Tensor, scale: Tensor) -> Tensor:
+        return scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        z = self.norm(x, self.scale1)
+        q, k, v = heads(self.q(z), 2), heads(self.k(z), 1), heads(self.v(z), 1)
+        A = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(merged(A))
+        z = self.norm(x, self.scale2)
+        x = x + self.down(F.silu(self.gate(z)) * self.up(z))
+        return self.head(x[:, -1])
+
+    def graph(self, g: Graph, x: str) -> str:
+        x = g.layer(self, "first", x)
+        z = g(self.norm, x, "scale1")
+        S = g(self.scores, g.layer(self, "q", z), g.layer(self, "k", z))
+        A = g(lambda S, v: merged(S.softmax(-1) @ heads(v, 1)), S, g.layer(self, "v", z))
+        x = g(torch.add, x, g.layer(self, "o", A))
+        z = g(self.norm, x, "scale2")
+        z = g(torch.mul, g(F.silu, g.layer(self, "gate", z)), g.layer(self, "up", z))
+        x = g(torch.add, x, g.layer(self, "down", z))
+        return g.layer(self, "head", g(lambda x: x[:, -1], x))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        S = heads(q, 2) @ heads(k, 1).mT / math.sqrt(2)
+        return S.masked_fill(~torch.ones(3, 3, dtype=torch.bool).tril(), -math.inf)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels times a gate that their means decide on."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.head = nn.Conv2d(2, 4, 2), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.conv(x))
+        x = x * self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+        return self.head(x.amax((2, 3)))
+
+    def graph(self, g: Graph, x: str) -> str:
+        x = g(F.gelu, g.layer(self, "conv", x))
+        pooled = g(lambda x: x.mean((2, 3), keepdim=True), x)
+        x = g(torch.mul, x, g(torch.sigmoid, g.layer(self, "gate", pooled)))
+        return g.layer(self, "head", g(lambda x: x.amax((2, 3)), x))
+
+
+class ReadTwice(nn.Module):
+    """A gate that others read, too, so that `x sigmoid(x)` is no module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        gate = x.sigmoid()
+        return self.last(torch.cat([gate, x * gate], 1))
+
+    def graph(self, g: Graph, x: str) -> str:
+        x = g.layer(self, "first", x)
+        gate = g(torch.sigmoid, x)
+        z = g(lambda a, b: torch.cat([a, b], 1), gate, g(torch.mul, x, gate))
+        return g.layer(self, "last", z)
+
+
+class Checkpointed(Residual):
+    """Its blocks are computed again in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+
+            def block(x: Tensor, norm=norm, up=up, down=down) -> Tensor:
+                return x + down(torch.tanh(up(norm(x))))
+
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.last(x)
 
 
 def trained(norm: nn.Module) -> nn.Module:
@@ -348,6 +459,13 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "RNN": lambda: (RNN(nn.RNNCell), torch.randn(N, 2, 3)),
     "LSTM": lambda: (LSTM(nn.LSTMCell), torch.randn(N, 2, 3)),
     "GRU": lambda: (GRU(nn.GRUCell), torch.randn(N, 2, 3)),
+}
+NETWORKS |= {
+    "LSTM, layer": lambda: (LSTMLayer(), torch.randn(N, 2, 3)),
+    "Llama": lambda: (Llama(), torch.randn(N, 3, 3)),
+    "squeeze-excite": lambda: (SqueezeExcite(), torch.randn(N, 2, 3, 4)),
+    "gate read twice": lambda: (ReadTwice(), torch.randn(N, 3)),
+    "checkpointed": lambda: (Checkpointed(), torch.randn(N, 3)),
 }
 COUPLED = ("batch norm in training",)
 every_network = pytest.mark.parametrize("name", NETWORKS)
@@ -417,6 +535,37 @@ def test_each_datum(name: str, reduction: str):
         rows.append(recursion(graph.modules, leaves | {"x": datum}, loss))
     agree(leaves, "hesscale_batch", {key: torch.stack([row[key] for row in rows]) for key in leaves})
     agree(leaves, "hesscale", {key: sum(row[key] for row in rows) for key in leaves})
+
+
+@pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "LSTM"])
+def test_some_parameters_are_frozen(name: str):
+    model, x, leaves, graph, output = network(name)
+    x = x.detach()
+    leaves.pop("x", None)
+    frozen = dict(list(leaves.items())[::2])
+    for p in frozen.values():
+        p.requires_grad_(False)
+    loss_fn, y = nn.CrossEntropyLoss(), torch.randint(3, (N,))
+    expected = recursion(graph.modules, leaves | {"x": x}, module_of(loss_fn, y, output))
+    with backpack(HesScale()):
+        extend(loss_fn)(model(x), y).backward()
+    trained = {key: leaf for key, leaf in leaves.items() if key not in frozen}
+    agree(trained, "hesscale", {key: expected[key] for key in trained})
+    assert not any(hasattr(p, "hesscale") for p in frozen.values())
+
+
+@pytest.mark.parametrize("name", ["CNN", "residual", "eager transformer", "transformer", "Llama", "GRU"])
+def test_single_precision(name: str):
+    model, x, leaves, graph, output = network(name)
+    loss_fn, y = nn.CrossEntropyLoss(), torch.randint(3, (N,))
+    expected = recursion(graph.modules, leaves, module_of(loss_fn, y, output))
+    model.float()
+    x = x.detach().float() if x.is_floating_point() else x
+    with backpack(HesScale()):
+        extend(loss_fn)(model(x), y).backward()
+    for key, p in model.named_parameters():
+        assert p.hesscale.dtype == torch.float32
+        close(p.hesscale.double(), expected[key], 1e-4)
 
 
 # -- losses ----------------------------------------------------------------------------------------

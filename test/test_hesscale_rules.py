@@ -179,9 +179,11 @@ LAYERS = {
     "EmbeddingBag, tokens repeated": bags("sum", REPEATED, lambda W: W[REPEATED].sum(1)),
     "EmbeddingBag, mean, tokens repeated": bags("mean", REPEATED, lambda W: W[REPEATED].mean(1)),
     "EmbeddingBag, offsets": function(
-        lambda W: F.embedding_bag(TOKENS.flatten(), W, torch.tensor([0, 2]), mode="mean", padding_idx=5),
+        lambda W: F.embedding_bag(
+            torch.tensor([0, 3, 4, 1, 2, 5]), W, torch.tensor([0, 2]), mode="mean", padding_idx=5
+        ),
         (6, 4),
-        reference=lambda W: torch.stack([W[[0, 3]].mean(0), W[[1, 1, 1]].mean(0)]),
+        reference=lambda W: torch.stack([W[[0, 3]].mean(0), W[[4, 1, 2]].mean(0)]),
     ),
 }
 
@@ -264,6 +266,10 @@ def gpt2_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+def _swish(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
 HOME_MADE = {
     "x * sigmoid(x)": function(lambda x: x * x.sigmoid(), (3, 4)),
     "GELU of GPT-2": function(gpt2_gelu, (3, 4)),
@@ -279,6 +285,19 @@ HOME_MADE = {
     "sin(x) * exp(-x^2)": function(lambda x: x.sin() * (-x.square()).exp(), (3, 4)),
     "Snake": function(lambda x: x + (3 * x).sin() ** 2 / 3, (3, 4)),
     "softplus by hand": function(lambda x: torch.log(1 + x.exp()), (3, 4)),
+    "relu(x) * sigmoid(x) + tanh(x)": function(
+        lambda x: x.relu() * x.sigmoid() + 0.3 * x.tanh(), (3, 4)
+    ),
+    "of something else": function(lambda x, W: _swish(F.linear(x, W)), (2, 3, 4), (5, 4)),
+    "of one number": function(lambda x: x * x.sin() + 1, ()),
+    "twice over": function(lambda x: _swish(_swish(x)), (3, 4)),
+    "in two outputs": function(lambda x: (x.sigmoid(), x * x.sigmoid()), (3, 4)),
+    "larger of two": function(lambda x: torch.maximum(0.2 * x, x * x), (3, 4)),
+    "straight through": function(
+        lambda x: x + (x.round() - x).detach(),
+        (3, 4),
+        reference=lambda x: x + x.detach().round() - x.detach(),
+    ),
     "two branches": function(lambda x: torch.where(x > 0, x * x, x.expm1()), (3, 4)),
 }
 
@@ -292,6 +311,21 @@ IN_PLACE = {
     "sigmoid_": function(lambda x, W: F.linear(x, W).sigmoid_(), (4, 3), (5, 3)),
     "sigmoid_, tokens": function(lambda x, W: F.linear(x, W).sigmoid_(), (2, 4, 3), (5, 3)),
     "silu, in place": function(lambda x, W: F.silu(F.linear(x, W), inplace=True), (2, 4, 3), (5, 3)),
+    "relu6, in place": function(lambda x: F.relu6(2 * x, inplace=True), (3, 4)),
+    "hardtanh, in place": function(lambda x: F.hardtanh(2 * x, inplace=True), (3, 4)),
+    "elu, in place": function(lambda x: F.elu(2 * x, 0.6, inplace=True), (3, 4)),
+    "selu, in place": function(lambda x: F.selu(2 * x, inplace=True), (3, 4)),
+    "celu, in place": function(lambda x: F.celu(x + 0, 0.7, True), (3, 4), reference=celu),
+    "leaky_relu, in place": function(lambda x: F.leaky_relu(2 * x, 0.2, inplace=True), (3, 4)),
+    "mish, in place": function(lambda x: F.mish(2 * x, inplace=True), (3, 4)),
+    "hardswish, in place": function(lambda x: F.hardswish(2 * x, inplace=True), (3, 4)),
+    "threshold, in place": function(lambda x: F.threshold(2 * x, 0.1, 20, inplace=True), (3, 4)),
+    "dropout, in place": function(lambda x: F.dropout(2 * x, 0.4, inplace=True), (3, 4)),
+    "clamp_": function(lambda x: (2 * x).clamp_(-0.5, 0.7), (3, 4)),
+    "pow_": function(lambda x: (2 * x).pow_(3), (3, 4)),
+    "sqrt_": function(lambda x: (2 * x).sqrt_(), (3, 4), positive=True),
+    "div_": function(lambda a, b: (2 * a).div_(b), (3, 4), (3, 4)),
+    "assigned rows": function(lambda a, b: _assigned(2 * a, b), (3, 4), (2, 4)),
     "exp_": function(lambda x: (2 * x).exp_(), (3, 4)),
     "mul_": function(lambda a, b: (2 * a).mul_(b), (3, 4), (3, 4)),
     "add_": function(lambda a, b: (2 * a).add_(b), (3, 4), (3, 4)),
@@ -307,6 +341,11 @@ def _view_in_place(z: Tensor) -> Tensor:
 
 def _part_in_place(z: Tensor) -> Tensor:
     z[:, 1:3].tanh_()
+    return z
+
+
+def _assigned(z: Tensor, rows: Tensor) -> Tensor:
+    z[1:] = rows
     return z
 
 
@@ -373,6 +412,13 @@ NORMALISATION = {
     "RMSNorm, plain": layer(nn.RMSNorm, 5, elementwise_affine=False, on=(3, 5)),
     "rms_norm": function(lambda x, w: F.rms_norm(x, (5,), w, 0.1), (3, 5), (5,)),
     "RMSNorm of Llama": function(llama_norm, (2, 3, 5), (5,)),
+    "RMSNorm of Llama, hidden": function(lambda x, w: llama_norm(2 * x, w), (2, 3, 5), (5,)),
+    "RMSNorm of x * x": function(
+        lambda x: x * torch.rsqrt((x * x).mean((1, 2), keepdim=True) + 0.1), (2, 3, 5)
+    ),
+    "RMSNorm, divided": function(
+        lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 0.1), (2, 3, 5)
+    ),
     "BatchNorm1d": layer(nn.BatchNorm1d, 3, on=(4, 3)),
     "BatchNorm1d, tokens": layer(nn.BatchNorm1d, 3, affine=False, on=(4, 3, 2)),
     "BatchNorm2d": layer(nn.BatchNorm2d, 3, eps=0.1, on=(2, 3, 3, 2)),
@@ -449,6 +495,15 @@ SHAPES = {
     "index": function(lambda x: x[:, PICKED], (3, 4)),
     "index, pairs": function(lambda x: x[torch.arange(3), PICKED], (3, 4)),
     "boolean mask": function(lambda x: x[torch.eye(3, 4) > 0], (3, 4)),
+    "index_add": function(lambda x, y: x.index_add(0, PICKED, y), (3, 4), (3, 4)),
+    "index_put": function(lambda x, y: x.index_put((PICKED[:2],), y), (3, 4), (2, 4)),
+    "scatter": function(lambda x, y: x.scatter(1, ROWS[:, :2], y), (2, 3), (2, 2)),
+    "scatter_add": function(lambda x, y: x.scatter_add(1, ROWS, y), (2, 3), (2, 4)),
+    "masked_scatter": function(lambda x, y: x.masked_scatter(torch.eye(3, 4) > 0, y), (3, 4), (3,)),
+    "fold": function(lambda x: F.fold(x, (3, 3), 2), (2, 4, 4)),
+    "median": function(lambda x: x.median(1).values, (3, 5)),
+    "norm": function(lambda x: x.norm(dim=-1), (3, 4)),
+    "norm over two axes": function(lambda x: x.norm(dim=(0, 2), keepdim=True), (2, 3, 4)),
     "index_select": function(lambda x: x.index_select(0, PICKED), (3, 4)),
     "gather": function(lambda x: x.gather(1, ROWS), (2, 3)),
     "take_along_dim": function(lambda x: x.take_along_dim(ROWS, 1), (2, 3)),
@@ -501,6 +556,14 @@ PRODUCTS = {
     "minimum": function(torch.minimum, (3, 4), (4,)),
     "where": function(lambda a, b: torch.where(torch.eye(3, 4) > 0, a, b), (3, 4), (3, 4)),
     "where, broadcast": function(lambda a, b: torch.where(torch.eye(3, 4) > 0, a, b), (4,), ()),
+    "logaddexp": function(torch.logaddexp, (3, 4), (3, 4)),
+    "a ** b": function(torch.pow, (3, 4), (3, 4), positive=True),
+    "2 ** b": function(lambda b: 2**b, (3, 4)),
+    "hypot": function(torch.hypot, (3, 4), (3, 4)),
+    "addcmul": function(partial(torch.addcmul, value=0.5), (3, 4), (3, 4), (4,)),
+    "addcdiv": function(partial(torch.addcdiv, value=0.5), (3, 4), (3, 4), (3, 4)),
+    "lerp": function(torch.lerp, (3, 4), (3, 4), (3, 4)),
+    "lerp, fixed": function(lambda a, b: torch.lerp(a, b, 0.3), (3, 4), (3, 4)),
     "gated": function(lambda a, b: a.tanh() * b.sigmoid(), (3, 4), (3, 4)),
     "matrix @ matrix": function(torch.matmul, (3, 4), (4, 2)),
     "matrix @ vector": function(torch.matmul, (3, 4), (4,)),
@@ -513,6 +576,9 @@ PRODUCTS = {
     "mm, transposed": function(lambda a, b: a.T @ b.T, (3, 4), (2, 3)),
     "addmm": function(lambda c, a, b: torch.addmm(c, a, b, beta=2, alpha=-3), (2,), (3, 4), (4, 2)),
     "baddbmm": function(torch.baddbmm, (2, 3, 5), (2, 3, 4), (2, 4, 5)),
+    "outer": function(torch.outer, (3,), (4,)),
+    "kron": function(torch.kron, (2, 2), (2, 3)),
+    "tensordot": function(lambda a, b: torch.tensordot(a, b, 2), (2, 3, 4), (3, 4, 5)),
     "einsum, heads": two_matrices("nihd,njhd->nhij", (2, 3, 2, 4), (2, 5, 2, 4)),
     "einsum, batched": two_matrices("nij,njk->nki", (2, 3, 4), (2, 4, 2)),
     "einsum, outer": two_matrices("ni,nj->nij", (2, 3), (2, 4)),
