@@ -459,8 +459,6 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "RNN": lambda: (RNN(nn.RNNCell), torch.randn(N, 2, 3)),
     "LSTM": lambda: (LSTM(nn.LSTMCell), torch.randn(N, 2, 3)),
     "GRU": lambda: (GRU(nn.GRUCell), torch.randn(N, 2, 3)),
-}
-NETWORKS |= {
     "LSTM, layer": lambda: (LSTMLayer(), torch.randn(N, 2, 3)),
     "Llama": lambda: (Llama(), torch.randn(N, 3, 3)),
     "squeeze-excite": lambda: (SqueezeExcite(), torch.randn(N, 2, 3, 4)),
