@@ -20,7 +20,7 @@ from oracle import close, ggn_diag
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backpack_ext import BL89, HesScale, backpack, extend
+from backpack_ext import BL89, HesScale, RecordingError, backpack, extend
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 3
@@ -646,6 +646,39 @@ def test_exact_penultimate(name: str, reduction: str):
 def test_exact_penultimate_without_a_bias(reduction: str):
     model = Chain(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3, bias=False))
     check_loss(model, torch.randn(6, 4), "all extras", reduction, exact_penultimate=True)
+
+
+@every_reduction
+def test_exact_penultimate_of_tokens(reduction: str):
+    """Logits `[N, T, C]`, of which the loss reads the rows."""
+    model = Chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Flatten(0, 1))
+    leaves, graph = {"x": nn.Parameter(torch.randn(3, 2, 4)), **dict(model.named_parameters())}, Graph()
+    z = graph.chain(model, "x", "0", "1")
+    loss_fn, y = nn.CrossEntropyLoss(CLASS_WEIGHTS, reduction=reduction), torch.randint(3, (6,))
+    original = deepcopy(loss_fn)
+    loss = Module(
+        "loss",
+        lambda z, W, b: original(F.linear(z, W, b).flatten(0, 1), y),
+        (z, "2.weight", "2.bias"),
+    )
+    with backpack(HesScale(exact_penultimate=True)):
+        extend(loss_fn)(model(leaves["x"]), y).backward()
+    agree(leaves, "hesscale", recursion(graph.modules, leaves, loss))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Chain(nn.Linear(4, 3), nn.Tanh()),
+        Chain(nn.Conv1d(4, 3, 1), nn.Flatten()),
+    ],
+)
+def test_exact_penultimate_wants_a_last_linear_layer(model: nn.Module):
+    model.double()
+    x = torch.randn(6, 4) if isinstance(model[0], nn.Linear) else torch.randn(6, 4, 1)
+    ext = HesScale(exact_penultimate=True)
+    with pytest.raises(RecordingError, match="exact_penultimate"), backpack(ext):
+        extend(nn.CrossEntropyLoss())(model(x), torch.randint(3, (6,))).backward()
 
 
 @every_reduction

@@ -7,6 +7,7 @@ inputs are parameters, too. Where a module has several arguments, each one's dia
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from oracle import NORMS, close
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backpack_ext import HesScale, attach_diagonal, backpack
+from backpack_ext import HesScale, UnsupportedError, attach_diagonal, backpack
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -767,3 +768,103 @@ def test_attention(name: str):
         close(leaf.hesscale_gn, ggn[key])
     # the off-diagonals of the scores are dropped
     assert (Q.hesscale - exact[0]).abs().sum() > 1e-3 * exact[0].abs().sum()
+
+
+# -- operations without a rule, and cross terms: random signs ---------------------------------------
+
+
+def estimates(fn: Callable, x: Tensor, draws: int, **options) -> tuple[Tensor, Tensor, Callable, Tensor]:
+    """The mean of many estimates of the diagonal at x, the exact one, and what both are of."""
+    x = nn.Parameter(x)
+    value, c = separate(fn(x).flatten())
+    (exact,) = exact_diagonal(lambda x: value(fn(x).flatten()), [x])
+    total, generator = torch.zeros_like(x), torch.Generator().manual_seed(0)
+    ext = HesScale(generator=generator, **options)
+    for _ in range(draws):
+        backward(fn(x), value, c, ext)
+        total += x.hesscale
+    return total / draws, exact, value, c
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().sum() / expected.abs().sum()).item()
+
+
+random_signs = pytest.mark.filterwarnings("ignore:HesScale:UserWarning")
+
+
+@random_signs
+def test_without_a_rule_random_signs_are_unbiased():
+    found, exact, *_ = estimates(lambda x: x.cumprod(1), torch.rand(3, 4) + 0.5, 500)
+    assert far(found, exact) < 0.1
+    found, exact, *_ = estimates(lambda x: x.cumprod(1), torch.rand(3, 4) + 0.5, 1)
+    assert far(found, exact) > 0.1
+
+
+def test_without_a_rule_there_is_one_warning():
+    x, ext = nn.Parameter(torch.rand(3, 4)), HesScale()
+    for again in (False, True):
+        y = x.cumprod(1)
+        value, c = separate(y.flatten())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            backward(y, value, c, ext)
+        said = ["CumprodBackward0 has no rule" in str(w.message) for w in caught]
+        assert said == ([] if again else [True])
+
+
+@random_signs
+def test_curved_glue_is_refused():
+    x = nn.Parameter(torch.rand(3, 4))
+    for fn in (lambda x: x.cumprod(1), lambda x: (2 * x).cumprod(1).tanh()):
+        y = fn(x)
+        value, c = separate(y.flatten())
+        with pytest.raises(UnsupportedError, match="CumprodBackward0"):
+            backward(y, value, c, HesScale(on_curved_glue="raise"))
+    with pytest.raises(ValueError, match="on_curved_glue"):
+        HesScale(on_curved_glue="ignore")
+
+
+@random_signs
+def test_linear_glue_is_not_refused():
+    def upsampled(x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="bilinear")
+
+    found, exact, *_ = estimates(upsampled, torch.randn(1, 1, 2, 3), 500, on_curved_glue="raise")
+    assert far(found, exact) < 0.1
+
+
+def test_cross_terms_of_elementwise_branches_are_exact():
+    """`x + s tanh(x)`, s a parameter: the Hessian's diagonal is `c (1 + s tanh')^2 + g s tanh''`."""
+    x, s = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+    def block(x: Tensor, s: Tensor) -> Tensor:
+        return 3 * x + s * x.tanh()
+
+    value, c = separate(block(x, s).flatten())
+    exact = exact_diagonal(lambda x, s: value(block(x, s).flatten()), [x, s])
+    backward(block(x, s), value, c, HesScale(), HesScale(cross_terms=True, savefield="crossed"))
+    close(x.crossed, exact[0], 1e-12)
+    assert far(x.hesscale, exact[0]) > 0.1
+    for found in (s.hesscale, s.crossed):
+        close(found, exact[1], 1e-12)
+
+
+def test_cross_terms_of_residual_branches_are_unbiased():
+    W, V = torch.randn(5, 4), torch.randn(4, 5)
+
+    def branch(x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, W).tanh(), V)
+
+    def block(x: Tensor) -> Tensor:
+        return x + branch(x)
+
+    x = torch.randn(3, 4)
+    found, _, value, c = estimates(block, x, 1000, cross_terms=True)
+    graph = Graph()
+    z = graph(lambda z: F.linear(z, V), graph(torch.tanh, graph(lambda x: F.linear(x, W), "x")))
+    loss = Module("loss", lambda y: value(y.flatten()), (graph(torch.add, "x", z),))
+    J = torch.autograd.functional.jacobian(branch, x).view(12, 12).diagonal()
+    expected = recursion(graph.modules, {"x": x}, loss)["x"] + 2 * (c * J).view(3, 4)
+    assert far(found, expected) < 0.05
+    assert far(found - 2 * (c * J).view(3, 4), expected) > 0.1
