@@ -20,7 +20,7 @@ from oracle import close, ggn_diag
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backpack_ext import BL89, HesScale, RecordingError, backpack, extend
+from backpack_ext import BL89, KFAC, BatchGrad, HesScale, RecordingError, backpack, extend
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 3
@@ -533,6 +533,23 @@ def test_each_datum(name: str, reduction: str):
         rows.append(recursion(graph.modules, leaves | {"x": datum}, loss))
     agree(leaves, "hesscale_batch", {key: torch.stack([row[key] for row in rows]) for key in leaves})
     agree(leaves, "hesscale", {key: sum(row[key] for row in rows) for key in leaves})
+
+
+@pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "tied", "checkpointed"])
+def test_beside_other_extensions(name: str):
+    """An extended model has the same diagonals, the same gradients and the other quantities."""
+    model, x, leaves, graph, output = network(name)
+    x = x.detach()
+    leaves.pop("x", None)
+    loss_fn, y = nn.CrossEntropyLoss(), torch.randint(3, (N,))
+    expected = recursion(graph.modules, leaves | {"x": x}, module_of(loss_fn, y, output))
+    grads = torch.autograd.grad(loss_fn(model(x), y), list(leaves.values()))
+    extend(model), extend(loss_fn)
+    with backpack(BatchGrad(), HesScale(), KFAC(fisher="exact"), BL89()):
+        loss_fn(model(x), y).backward()
+    agree(leaves, "hesscale", {key: expected[key] for key in leaves})
+    agree(leaves, "grad", dict(zip(leaves, grads, strict=True)))
+    assert all(hasattr(leaf, field) for leaf in leaves.values() for field in ("grad_batch", "kfac"))
 
 
 @pytest.mark.parametrize("name", ["CNN", "residual", "transformer", "LSTM"])
