@@ -181,21 +181,27 @@ def _through(
 
 
 def bl89_seed(loss_fn: nn.CrossEntropyLoss, logits: Tensor, target: Tensor) -> Tensor:
-    """`h = onehot(y) (q - q^2) w_y r`: the softmax as one more elementwise layer.
+    """`h_c = t_c w_c (q_c - q_c^2) r`: the softmax as one more elementwise layer.
+
+    With class indices `t = (1 - e) onehot(y) + e / C`, e the label smoothing.
 
     Args:
-        loss_fn: Its reduction and class weights; no label smoothing.
+        loss_fn: Its reduction, class weights w, label smoothing and ignored index.
         logits: `[N, C]` or `[N, C, ...]`.
-        target: Class indices, `[N]` or `[N, ...]`.
+        target: Class indices, `[N]` or `[N, ...]`, or probabilities, shaped like the logits.
     """
-    assert not loss_fn.label_smoothing
-    kept = target != loss_fn.ignore_index
-    weight = loss_fn.weight if loss_fn.weight is not None else torch.ones(logits.shape[1])
-    w = torch.where(kept, weight.to(logits)[target.where(kept, 0)], 0)
-    r = 1 / w.sum() if loss_fn.reduction == "mean" else 1.0
-    y = nn.functional.one_hot(target.where(kept, 0), logits.shape[1]).movedim(-1, 1)
-    q = logits.softmax(1)
-    return y * (q - q.square()) * w.unsqueeze(1) * r
+    C, q = logits.shape[1], logits.softmax(1)
+    weight = torch.ones(C) if loss_fn.weight is None else loss_fn.weight
+    w = weight.to(q).view(-1, *[1] * (q.dim() - 2))
+    if target.is_floating_point():
+        t, terms = target, target[:, 0].numel()
+    else:
+        kept = target != loss_fn.ignore_index
+        t = nn.functional.one_hot(target.where(kept, 0), C).movedim(-1, 1) * kept.unsqueeze(1)
+        terms = (t * w).sum()
+        t = (1 - loss_fn.label_smoothing) * t + loss_fn.label_smoothing / C * kept.unsqueeze(1)
+    r = 1 / terms if loss_fn.reduction == "mean" else 1.0
+    return t * w * (q - q.square()) * r
 
 
 def penultimate(loss: Module, last: Module) -> Module:

@@ -629,13 +629,17 @@ def check_loss(model: nn.Module, x: Tensor, name: str, reduction: str, **options
     loss_fn = make(reduction=reduction)
     y = targets(kind, forward(graph.modules, leaves)[output])
     loss = module_of(loss_fn, y, output)
-    with backpack(HesScale(**options), HesScale(**options, gauss_newton=True)):
+    logits = forward(graph.modules, leaves)[output]
+    seeds = {output: bl89_seed(loss_fn, logits, y)} if isinstance(loss_fn, CE) else None
+    plain = recursion(graph.modules, leaves, loss, seeds=seeds)
+    with backpack(HesScale(**options), HesScale(**options, gauss_newton=True), BL89()):
         extend(loss_fn)(model(leaves["x"]), y).backward()
     modules = graph.modules
     if options.get("exact_penultimate"):
         modules, loss = modules[:-1], penultimate(loss, modules[-1])
     agree(leaves, "hesscale", recursion(modules, leaves, loss))
     agree(leaves, "hesscale_gn", recursion(modules, leaves, loss, gauss_newton=True))
+    agree(leaves, "bl89", plain)
 
 
 @every_reduction
@@ -770,6 +774,55 @@ def test_two_losses_of_two_heads():
     with backpack(HesScale()):
         loss.backward()
     agree(leaves, "hesscale", expected)
+
+
+class Deep(nn.Module):
+    """A loss after each layer; the third one reads what the second one's output is computed from."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        one = torch.tanh(self.a(x))
+        z = self.b(one)
+        gate = z.sigmoid()
+        two = z * gate
+        return one, gate, two, self.head(two + one)
+
+    def graph(self, g: Graph, x: str) -> tuple[str, ...]:
+        one = g(torch.tanh, g.layer(self, "a", x))
+        z = g.layer(self, "b", one)
+        gate = g(torch.sigmoid, z)
+        two = g(torch.mul, z, gate)
+        return one, gate, two, g.layer(self, "head", g(torch.add, two, one))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)])
+def test_losses_along_the_way(order: tuple[int, ...]):
+    model, graph, y = Deep(), Graph(), torch.randn(4, 6, 3)
+    leaves = {"x": nn.Parameter(torch.randn(6, 4)), **dict(model.named_parameters())}
+    loss = Module(
+        "loss",
+        lambda *outputs: sum((k + 1) * F.mse_loss(z, y[k]) for k, z in enumerate(outputs)),
+        model.graph(graph, "x"),
+    )
+    outputs = model(leaves["x"])
+    with backpack(HesScale(), HesScale(gauss_newton=True)):
+        sum((k + 1) * extend(nn.MSELoss())(outputs[k], y[k]) for k in order).backward()
+    agree(leaves, "hesscale", recursion(graph.modules, leaves, loss))
+    agree(leaves, "hesscale_gn", recursion(graph.modules, leaves, loss, gauss_newton=True))
+
+
+@pytest.mark.parametrize(
+    "of", [lambda p: p, lambda p: p.T.mT, lambda p: 2 * p, lambda p: p[:1].expand(4, 3)]
+)
+def test_the_logits_are_a_parameter(of: Callable[[Tensor], Tensor]):
+    p, y = nn.Parameter(torch.randn(4, 3)), torch.tensor([0, 2, 1, 0])
+    with backpack(HesScale()):
+        extend(nn.CrossEntropyLoss())(of(p), y).backward()
+    (expected,) = exact_diagonal(lambda p: F.cross_entropy(of(p), y), [p])
+    close(p.hesscale, expected, 1e-13)
 
 
 def test_two_losses_of_one_output():

@@ -1,5 +1,7 @@
 """The oracle of Hessian diagonals against closed forms and against itself."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,19 +148,25 @@ def test_the_penultimate_layer_in_closed_form():
     close(found, (q @ V.square() - (q @ V).square()) / len(z), 1e-13)
 
 
+CLASSES = torch.tensor([[0, 2], [1, -100], [2, 2], [0, 1]])
+SPREAD = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 3, 2).sin().softmax(1)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_seed_of_bl89(reduction: str):
-    """An elementwise function of each logit, `-w log q`, differentiated as if q were nothing else."""
-    weight, y = torch.rand(3) + 0.5, torch.tensor([[0, 2], [1, -100], [2, 2], [0, 1]])
-    f = torch.randn(4, 3, 2)
-    q, kept = f.softmax(1), y >= 0
-    w = weight[y.clamp_min(0)] * kept
-    h_q, g_q = w.unsqueeze(1) / q.square(), -w.unsqueeze(1) / q
+@pytest.mark.parametrize("target, smoothing", [(CLASSES, 0.0), (CLASSES, 0.3), (SPREAD, 0.0)])
+def test_the_seed_of_bl89(target: Tensor, smoothing: float, reduction: str):
+    """The loss is `-sum a log q`; q counts as an elementwise function, q' = q - q^2, of the logits."""
+    loss_fn = nn.CrossEntropyLoss(torch.rand(3) + 0.5, label_smoothing=smoothing, reduction=reduction)
+    f, zeros = torch.randn(4, 3, 2), torch.zeros(4, 3, 2)
+    q = f.softmax(1)
+    # where the logits are zero, a term is `log(3) sum_c a_c`; the gradient is `q_c sum a - a_c`
+    unreduced = nn.CrossEntropyLoss(loss_fn.weight, label_smoothing=smoothing, reduction="none")
+    terms = unreduced(zeros, target)
+    total = terms / math.log(3) * loss_fn(zeros, target) / terms.sum()
+    a = q * total.unsqueeze(1) - torch.func.grad(loss_fn)(f, target)
     slope, bend = q - q.square(), (q - q.square()) * (1 - 2 * q)
-    elementwise = (slope.square() * h_q + bend * g_q) * F.one_hot(y.clamp_min(0), 3).movedim(-1, 1)
-    r = 1 / w.sum() if reduction == "mean" else 1.0
-    found = bl89_seed(nn.CrossEntropyLoss(weight, reduction=reduction), f, y)
-    close(found, r * elementwise, 1e-13)
+    elementwise = slope.square() * a / q.square() - bend * a / q
+    close(bl89_seed(loss_fn, f, target), elementwise, 1e-13)
 
 
 def test_seeds_replace_the_loss_hessian():
