@@ -840,6 +840,25 @@ def test_two_losses_of_one_output():
     agree(leaves, "hesscale", recursion(graph.modules, leaves, loss))
 
 
+def test_two_losses_of_a_deep_network():
+    """The second loss reads what the recursion of the first one may have crossed already."""
+    model = nn.Sequential(*(m for _ in range(700) for m in (nn.Linear(2, 2), nn.ReLU())))
+    for p in model.parameters():
+        nn.init.constant_(p, 0.5)
+    x, z, found = torch.rand(3, 2), torch.randn(2, 3, 2), []
+    for apart in (False, True):
+        f = model(x)
+        losses = [extend(nn.MSELoss())(f, z[0]), extend(nn.MSELoss())(f * 2, z[1])]
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for k, loss in enumerate(losses if apart else [sum(losses)]):
+            with backpack(HesScale()):
+                loss.backward(retain_graph=apart and k == 0)
+            total = [t + p.hesscale for t, p in zip(total, model.parameters(), strict=True)]
+        found.append(total)
+    for together, one_by_one in zip(*found, strict=True):
+        close(together, one_by_one, 1e-12)
+
+
 @pytest.mark.parametrize("factor", [3.0, -0.5])
 @pytest.mark.parametrize("batch", [False, True])
 def test_a_scaled_loss(factor: float, batch: bool):
