@@ -42,6 +42,7 @@ RULES.update((name, pointwise(f, True)) for name, f in ACTIVATIONS.items())
 RULES.update((name, pointwise(f, False)) for name, f in PIECEWISE_LINEAR.items())
 _all(linear.SELECTIONS, linear.selection)
 _all(linear.SPLITS, linear.selection, several=True)
+_all(("NativeDropoutBackward0",), linear.many_to_one, several=True)
 _all(linear.IDENTITIES, linear.identity)
 _all(linear.MANY_TO_ONE, linear.many_to_one)
 # in-place operations on views: autograd's own derivatives, exact where they are elementwise
@@ -53,8 +54,8 @@ RULES.update(
         "GluBackward0": DiagonalRule(glu, True),
         "MeanBackward0": DiagonalRule(linear.mean),
         "MeanBackward1": DiagonalRule(linear.mean),
-        "AddBackward0": DiagonalRule(linear.add),
-        "SubBackward0": DiagonalRule(linear.add),
+        "AddBackward0": DiagonalRule(linear.add, adds=True),
+        "SubBackward0": DiagonalRule(linear.add, adds=True),
         "RsubBackward0": DiagonalRule(linear.rsub),
         "MulBackward0": DiagonalRule(linear.product),
         "MulBackward1": DiagonalRule(linear.scaling),
@@ -101,4 +102,4 @@ RULES.update(
 )
 
 # Where compositions may end: see `backpack_ext.diagonals.composite`.
-RULES.update((name, RULES[name]._replace(joins=True)) for name in ENDS)
+RULES.update((name, RULES[name]._replace(joins=True)) for name in (*ENDS, *attention.PRODUCTS))

@@ -15,30 +15,147 @@ with one shared input also drops the cross terms between Q, K and V.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
-from backpack_ext.diagonals.rule import Diagonals, Step
+from backpack_ext.diagonals.operation import shape_of
+from backpack_ext.diagonals.rule import Diagonals, Step, call, signed
 from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from backpack_ext.diagonals.operation import Edge, Operation
 
-def scores(A: Tensor, V: Tensor, h: Tensor, dropped: Tensor | None = None) -> Tensor:
-    """Return the first term of ``h_S``.
+
+# Where the probabilities of an attention may pass on their way to the product with the values.
+_RESHAPES = (
+    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0"),
+    *("UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2"),
+    *("SqueezeBackward3", "SqueezeBackward4"),
+)
+_MOVES = ("TransposeBackward0", "PermuteBackward0")
+_DROPOUTS = ("MulBackward0", "NativeDropoutBackward0")
+_COPIES = ("CloneBackward0", "AliasBackward0", "ToCopyBackward0")
+_SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
+
+# The products that an attention may end with.
+PRODUCTS = ("BmmBackward0", "MmBackward0")
+
+
+class Attention(NamedTuple):
+    """A product of probabilities with values.
 
     Args:
-        A: The softmax ``[..., T, M]``.
-        V: The values ``[..., M, d]``.
-        h: At the output O, ``[..., T, d]``.
-        dropped: What the softmax was multiplied with before V, a dropout mask; None without.
+        entry: Which factor the probabilities are.
+        softmax: The softmax that they come from.
+        way: What they pass in between, backwards.
     """
-    P = A if dropped is None else A * dropped
+
+    entry: int
+    softmax: Operation
+    way: tuple[Operation, ...]
+
+
+def attention_of(op: Operation) -> Attention | None:
+    """Return the attention that ends with an operation; None if it is something else."""
+    if op.name not in PRODUCTS:
+        return None
+    for entry, axis in ((0, -1), (1, -2)):
+        if op.inputs[entry] is not None:
+            found = _way(op.inputs[entry], axis)
+            if found is not None:
+                return Attention(entry, *found)
+    return None
+
+
+def _way(edge: Edge, axis: int) -> tuple[Operation, tuple[Operation, ...]] | None:
+    """Return the softmax over an axis of a tensor that it comes from, and what is in between."""
+    way, dropout = [], False
+    for _ in range(12):
+        op, place = edge
+        if place < 0:
+            return None
+        name, live = op.name, [k for k, e in enumerate(op.inputs) if e is not None]
+        if len(live) != 1:
+            return None
+        if name in _SOFTMAX:
+            axes = len(op.shape(0))
+            fits = signed(op.node._saved_dim) % axes == axis % axes
+            return (op, tuple(way)) if fits else None
+        if name in _RESHAPES or name in _MOVES:
+            axis = _axis_before(op, axis % len(op.shape(0)))
+            if axis is None:
+                return None
+        elif name in _DROPOUTS and not dropout and op.shape(0) == shape_of(op.inputs[live[0]]):
+            dropout = True
+        elif name not in _COPIES:
+            return None
+        way.append(op)
+        edge = op.inputs[live[0]]
+    return None
+
+
+def _axis_before(op: Operation, axis: int) -> int | None:
+    """Return which axis of its input an operation made into an axis of its output."""
+    shape, node = op.shape(0), op.node
+    if op.inputs[0][1] < 0:
+        return None
+    before = shape_of(op.inputs[0])
+    if op.name == "TransposeBackward0":
+        one, other = (signed(d) % len(shape) for d in (node._saved_dim0, node._saved_dim1))
+        return {one: other, other: one}.get(axis, axis)
+    if op.name == "PermuteBackward0":
+        return signed(node._saved_dims[axis]) % len(shape)
+    if before.numel() != shape.numel():
+        return None
+    behind = shape[axis + 1 :].numel()
+    for k, size in enumerate(before):
+        if size == shape[axis] and before[k + 1 :].numel() == behind:
+            return k
+    return None
+
+
+def attention_scores(found: Attention, step: Step) -> Tensor:
+    """Return the first term of h at the softmax's input."""
+    (h,) = step.h
+    if found.entry == 0:
+        P, V = step.saved("self"), step.saved("mat2")
+        terms = _terms(P, V, h)
+    else:
+        V, P = step.saved("self"), step.saved("mat2")
+        terms = [t.mT for t in _terms(P.mT, V.mT, h.mT)]
+    for op in found.way:
+        terms = _back(op, terms)
+    first, second, third = terms
+    A = found.softmax.node._saved_result.to(h.dtype)
+    return (first - 2 * second + third) * A.square()
+
+
+def _terms(P: Tensor, V: Tensor, h: Tensor) -> list[Tensor]:
+    """Return ``h (V^2)^T``, ``(h O) V^T`` and ``sum_c h O^2``, all shaped like P."""
     O = P @ V
     hO = h * O
-    first, second = h @ V.square().mT, hO @ V.mT
-    if dropped is not None:
-        first, second = first * dropped.square(), second * dropped
-    return (first - 2 * second + (hO * O).sum(-1, keepdim=True)) * A.square()
+    return [h @ V.square().mT, hO @ V.mT, (hO * O).sum(-1, keepdim=True).expand(P.shape)]
+
+
+def _back(op: Operation, terms: list[Tensor]) -> list[Tensor]:
+    """Carry the terms back to the input of an operation that the probabilities pass."""
+    if op.name in _DROPOUTS:
+        mask = _mask(op).to(terms[0].dtype)
+        return [terms[0] * mask.square(), terms[1] * mask, terms[2]]
+    if op.name in _COPIES:
+        return terms
+    return [call(op.node, (t,))[0] for t in terms]
+
+
+def _mask(op: Operation) -> Tensor:
+    """Return what a dropout multiplied its input with."""
+    node = op.node
+    if op.name == "NativeDropoutBackward0":
+        return node._saved_result1 / (1 - node._saved_p)
+    return node._saved_other if op.inputs[1] is None else node._saved_self
 
 
 def fused(step: Step) -> Diagonals:
@@ -59,7 +176,8 @@ def fused(step: Step) -> Diagonals:
     h_V = A.square().mT @ h if need[2] else None
     h_Q = h_K = None
     if need[0] or need[1]:
-        h_S = scores(A, V, h)
+        first, second, third = _terms(A, V, h)
+        h_S = (first - 2 * second + third) * A.square()
         if g is not None:
             h_S += softmax_curvature(A, g @ V.mT)
         h_S *= scale**2

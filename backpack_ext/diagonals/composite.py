@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.context import SuspendBackpack
-from backpack_ext.diagonals.attention import scores
 from backpack_ext.diagonals.norms import root_mean_square
-from backpack_ext.diagonals.operation import same, shape_of
+from backpack_ext.diagonals.operation import gradient_edge, made, same, shape_of
 from backpack_ext.diagonals.pointwise import ACTIVATIONS, BY_AUTOGRAD, PIECEWISE_LINEAR
 from backpack_ext.diagonals.rule import Step, crossed, signed
 from backpack_ext.sweep import silent
@@ -24,22 +23,17 @@ from backpack_ext.sweep import silent
 if TYPE_CHECKING:
     from backpack_ext.diagonals.operation import Edge, Operation
 
-# Elementwise operations of several tensors: a composition begins at one of them.
-_JOINS = frozenset(
+# Elementwise operations of several tensors: a composition ends with one of them.
+ENDS = frozenset(
     (
         *("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0", "MaximumBackward0"),
         *("MinimumBackward0", "WhereBackward0", "AddcmulBackward0", "AddcdivBackward0"),
         *("LerpBackward0", "PowBackward1", "LogaddexpBackward0"),
     )
 )
-_PRODUCTS = ("BmmBackward0", "MmBackward0")
-
-# All operations that a composition or an attention may end with.
-ENDS = (*_JOINS, *_PRODUCTS)
-
 _ELEMENTWISE = frozenset(
     (
-        *(*_JOINS, *ACTIVATIONS, *PIECEWISE_LINEAR, *BY_AUTOGRAD),
+        *(*ENDS, *ACTIVATIONS, *PIECEWISE_LINEAR, *BY_AUTOGRAD),
         *(
             "MulBackward1",
             "DivBackward1",
@@ -57,10 +51,6 @@ _ELEMENTWISE = frozenset(
 # Operations in a composition: far more than any activation has.
 _SIZE = 32
 
-# Where the probabilities of an attention may pass on their way to the product with the values.
-_RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0")
-_SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0")
-
 
 class Composite(NamedTuple):
     """Operations that end at one and begin at one tensor.
@@ -69,31 +59,36 @@ class Composite(NamedTuple):
         cross: Maps the last operation's `Step` to h at the tensor.
         start: Where the tensor comes from.
         inside: The operations, without the last one.
-        reads: How many of their inputs the tensor is.
     """
 
     cross: Callable[[Step], Tensor]
     start: Edge
     inside: tuple[Operation, ...]
-    reads: int
 
 
-def composite_of(op: Operation) -> Composite | None:
-    """Return the composition that ends with an operation; None if there is none."""
+def composite_of(op: Operation, open_too: bool) -> Composite | None:
+    """Return the composition that ends with an operation; None if there is none.
+
+    Args:
+        op: The operation.
+        open_too: Whether something else may read what is inside. Not where gradients are used: those
+            inside are the sum over all that read.
+    """
     name = op.name
-    if name not in _JOINS:
+    if name not in ENDS:
         return None
     inputs = [edge for edge in op.inputs if edge is not None]
     if len(inputs) < 2:
         return None
-    return _elementwise(op, inputs) or _root_mean_square(op, name)
+    found = _elementwise(op, inputs) or _root_mean_square(op, name)
+    return found if found is not None and (open_too or _closed(op, found.inside)) else None
 
 
 def _elementwise(op: Operation, inputs: list[Edge]) -> Composite | None:
     """Find the tensor of which all inputs are elementwise functions."""
     shape, edges, inside = None, dict.fromkeys(inputs), []
     while len(edges) > 1:
-        latest = max(edges, key=_made)
+        latest = max(edges, key=made)
         last, place = latest
         if place < 0 or last.name not in _ELEMENTWISE or len(inside) == _SIZE:
             return None
@@ -104,27 +99,20 @@ def _elementwise(op: Operation, inputs: list[Edge]) -> Composite | None:
         del edges[latest]
         edges.update(dict.fromkeys(edge for edge in last.inputs if edge is not None))
     (start,) = edges
-    if shape_of(start) != op.shape(0) or not _closed(op, inside):
+    if shape_of(start) != op.shape(0):
         return None
-    if start[1] < 0:
-        return None  # a function of parameters alone: crossed for itself, once for all data
-    edge = GradientEdge(start[0].node, start[1])
-    return Composite(_by_autograd(edge), start, tuple(inside), _reads(start, (op, *inside)))
-
-
-def _made(edge: Edge) -> int:
-    """Return when an operation was recorded: before whatever reads it. Leaves come first."""
-    return -1 if edge[1] < 0 else edge[0].node._sequence_nr()
+    return Composite(_by_autograd(gradient_edge(start)), start, tuple(inside))
 
 
 def _closed(op: Operation, inside: Iterable[Operation]) -> bool:
     """Whether nothing else reads what is inside: its gradients would be those of others too."""
-    return all(_reads((o, 0), (op, *inside)) == o.waiting for o in inside)
+    by = (op, *inside)
+    return all(not o.seeded and _reads(o, by) == o.waiting for o in inside)
 
 
-def _reads(start: Edge, by: Iterable[Operation]) -> int:
-    """Return how often operations read what an edge's operation (or parameter) returns."""
-    return sum(edge is not None and edge[0] is start[0] for o in by for edge in o.inputs)
+def _reads(of: Operation, by: Iterable[Operation]) -> int:
+    """Return how often operations read what an operation returns."""
+    return sum(edge is not None and edge[0] is of for o in by for edge in o.inputs)
 
 
 def _by_autograd(edge: GradientEdge) -> Callable[[Step], Tensor]:
@@ -160,10 +148,8 @@ def _root_mean_square(op: Operation, name: str) -> Composite | None:
         found = _chain(op.inputs[other], root, start)
         if found is not None and op.shape(0) == shape_of(start):
             inside, axes = found
-            if not _closed(op, inside):
-                return None
             cross = _of_root_mean_square(inside[0].node, root, axes, k)
-            return Composite(cross, start, tuple(inside), _reads(start, (op, *inside)))
+            return Composite(cross, start, tuple(inside))
     return None
 
 
@@ -207,53 +193,3 @@ def _of_root_mean_square(
         return root_mean_square(step.h[0], step.gradient, x * rrms, rrms, axes)
 
     return cross
-
-
-class Attention(NamedTuple):
-    """A product of probabilities with values.
-
-    Args:
-        softmax: The softmax that the probabilities come from.
-        dropout: The operation that multiplies them with a mask; None without.
-    """
-
-    softmax: Operation
-    dropout: Operation | None
-
-
-def attention_of(op: Operation) -> Attention | None:
-    """Return the attention that ends with a matrix product; None if it is something else."""
-    if op.name not in _PRODUCTS or op.inputs[0] is None:
-        return None
-    edge, dropout, numel = op.inputs[0], None, None
-    for _ in range(8):
-        o, place = edge
-        if place < 0:
-            return None
-        if o.name in (*_SOFTMAX, *_RESHAPES, "MulBackward0") and numel is None:
-            numel = o.shape(place).numel()
-        if numel is None or o.shape(place).numel() != numel:
-            return None
-        if o.name in _SOFTMAX:
-            axes = len(o.shape(0))
-            fits = signed(o.node._saved_dim) % axes == axes - 1
-            return Attention(o, dropout) if fits else None
-        if o.name == "MulBackward0" and o.inputs[1] is None and dropout is None:
-            dropout = o
-        elif o.name not in _RESHAPES:
-            return None
-        edge = o.inputs[0]
-    return None
-
-
-def attention_scores(found: Attention, step: Step) -> Tensor:
-    """Return the first term of h at the softmax's input."""
-    A = found.softmax.node._saved_result
-    V, (h,) = step.saved("mat2"), step.h
-    shape = A.shape
-    A = A.to(step.dtype).reshape(*V.shape[:-2], *shape[-2:])
-    dropped = None
-    if found.dropout is not None:
-        dropped = found.dropout.node._saved_other.to(step.dtype)
-        dropped = dropped.expand(found.dropout.shape(0)).reshape(A.shape)
-    return scores(A, V, h, dropped).reshape(shape)

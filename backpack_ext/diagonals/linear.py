@@ -13,6 +13,7 @@ SELECTIONS = (
     *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AsStridedBackward0"),
     *("TransposeBackward0", "TransposeBackward1", "PermuteBackward0", "MovedimBackward0"),
     *("UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2"),
+    *("SqueezeBackward3", "SqueezeBackward4"),
     *(
         "SliceBackward0",
         "SelectBackward0",

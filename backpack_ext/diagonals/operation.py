@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 if TYPE_CHECKING:
-    from backpack_ext.diagonals.composite import Attention, Composite
+    from backpack_ext.diagonals.attention import Attention
+    from backpack_ext.diagonals.composite import Composite
     from backpack_ext.diagonals.rule import DiagonalRule
 
 # The second entries of an edge that ends at a parameter, or at a transposed one.
@@ -39,19 +40,20 @@ class Operation:
         composite: What it is the end of.
         attention: The attention that it is the end of.
         inside: Whether it belongs to another operation's composite.
+        seeded: Whether a loss reads it.
         done: Whether it was crossed.
     """
 
     __slots__ = (
         "attention", "composite", "done", "extra", "grads", "h", "inputs", "inside", "node", "rule",
-        "waiting", "watched",
+        "seeded", "waiting", "watched",
     )  # fmt: skip
 
     def __init__(self, node: Node, rule: DiagonalRule | None):
         self.node, self.rule, self.waiting = node, rule, 0
         self.h: dict[int, Tensor] = {}
         self.inputs: list[Edge | None] = []
-        self.done = self.inside = self.watched = False
+        self.done = self.inside = self.seeded = self.watched = False
         self.grads: tuple[Tensor | None, ...] | None = None
         self.extra: Tensor | None = None
         self.composite: Composite | None = None
@@ -90,6 +92,17 @@ def shape_of(edge: Edge) -> torch.Size:
     if place >= 0:
         return target.shape(place)
     return target.shape if place == LEAF else target.shape[::-1]
+
+
+def made(edge: Edge) -> int:
+    """Return when the tensor at an edge was recorded: before whatever reads it. Leaves come first."""
+    return -1 if edge[1] < 0 else edge[0].node._sequence_nr()
+
+
+def gradient_edge(edge: Edge) -> GradientEdge:
+    """Return the edge as autograd has it; not for transposed parameters."""
+    target, place = edge
+    return GradientEdge(target.node, place) if place >= 0 else get_gradient_edge(target)
 
 
 def same(one: Edge | None, other: Edge | None) -> bool:

@@ -136,8 +136,8 @@ def _leaky_relu(attribute: str, s: Step):
     return torch.where(x > 0, 1.0, s.node._saved_negative_slope).to(x), None
 
 
-def _threshold(attribute: str, s: Step):
-    x = s.saved(attribute)
+def _threshold(s: Step):
+    x = s.saved("self")
     return (x > s.node._saved_threshold).to(x), None
 
 
@@ -194,8 +194,8 @@ ACTIVATIONS: dict[str, Derivatives] = {
 # The same without a second derivative.
 PIECEWISE_LINEAR: dict[str, Derivatives] = {
     "ReluBackward0": partial(_of_result, lambda y: ((y > 0).to(y), None)),
-    "ThresholdBackward0": partial(_threshold, "self"),
-    "ThresholdBackward1": partial(_threshold, "result"),
+    "ThresholdBackward0": _threshold,
+    "ThresholdBackward1": _threshold,
     "HardtanhBackward0": partial(_hardtanh, "self"),
     "HardtanhBackward1": partial(_hardtanh, "result"),
     "LeakyReluBackward0": partial(_leaky_relu, "self"),

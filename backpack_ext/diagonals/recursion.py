@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_ext.diagonals.composite import attention_of, attention_scores, composite_of
+from backpack_ext.diagonals.attention import attention_of, attention_scores
+from backpack_ext.diagonals.composite import composite_of
+from backpack_ext.diagonals.crossing import cross_terms
 from backpack_ext.diagonals.operation import LEAF, Edge, Operation, leaf_edge
-from backpack_ext.diagonals.rule import Diagonals, Step, rule_of
+from backpack_ext.diagonals.rule import Diagonals, Step, rule_of, signed
 from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.diagonals.unknown import by_signs, check_known
-from backpack_ext.errors import RecordingError
+from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.sweep import Receiver
 
@@ -107,6 +109,10 @@ class Recursion:
                 starts.append((self._explore(edge.node, new), edge.output_nr, h))
             elif leaf is not True:
                 self._collect(leaf[0], h if leaf[1] == LEAF else h.mT)
+        for op, _, _ in starts:
+            if op.inside:
+                self._dissolve(op)
+            op.seeded = True
         self._prepare(new)
         for op, output, h in starts:
             if op.done:
@@ -190,10 +196,11 @@ class Recursion:
                         continue
                     child = operations[node] = Operation(node, rule_of(node))
                     stack.append(child)
-                elif child.done:
-                    self._reopen(child)
-                elif child.inside:
-                    self._dissolve(child)
+                else:
+                    if child.inside:
+                        self._dissolve(child)
+                    if child.done:
+                        self._reopen(child)
                 child.waiting += 1
                 inputs.append((child, output))
         return first
@@ -206,11 +213,11 @@ class Recursion:
         for op in joins:
             if op.inside:
                 continue
-            op.composite = composite_of(op)
+            op.composite = composite_of(op, self.gauss_newton)
             if op.composite is not None:
                 self.inside.add(op.node)
                 for inner in op.composite.inside:
-                    inner.inside = True
+                    inner.inside = not self.gauss_newton
                     self.inside.add(inner.node)
             else:
                 op.attention = attention_of(op)
@@ -241,32 +248,40 @@ class Recursion:
 
     def _reopen(self, op: Operation) -> None:
         """Have an operation crossed once more, by what a further loss brings."""
-        op.done = False
-        edges = op.inputs
-        if op.composite is not None:
-            edges = [op.composite.start] * op.composite.reads
-        for edge in edges:
-            if edge is None:
-                continue
-            target, place = edge
-            if place < 0:
-                self.left += 1
-                continue
-            target.waiting += 1
-            if target.done:
-                self._reopen(target)
+        op.done, stack = False, [op]
+        while stack:
+            op = stack.pop()
+            for edge in op.inputs:
+                if edge is None:
+                    continue
+                target, place = edge
+                if place < 0:
+                    self.left += 1
+                    continue
+                target.waiting += 1
+                if target.done:
+                    target.done = False
+                    stack.append(target)
 
     def _dissolve(self, inner: Operation) -> None:
-        """Take a composite apart, because a further loss reads an operation inside of it."""
-        for op in self.operations.values():
-            if op.composite is not None and inner in op.composite.inside:
-                whole, op.composite = op.composite, None
-                for part in (op, *whole.inside):
-                    part.inside = False
-                    self.inside.discard(part.node)
-                    if not self.gauss_newton:
-                        self._watch(part)
-                return
+        """Take a composite apart, because a further loss reads an operation inside of it.
+
+        Raises:
+            UnsupportedError: If it was crossed already, with the gradient that it then had.
+        """
+        ends = (op for op in self.operations.values() if op.composite is not None)
+        end = next(op for op in ends if inner in op.composite.inside)
+        if end.done:
+            raise UnsupportedError(
+                f"Hessian diagonals: a loss reads the output of {inner.name}, which is part of a "
+                "composition of elementwise operations, after the backward pass has crossed that. "
+                "Compute this loss after the composition, or use one backward pass per loss."
+            )
+        whole, end.composite = end.composite, None
+        for part in (end, *whole.inside):
+            part.inside = False
+            self.inside.discard(part.node)
+            self._watch(part)
 
     # ------------------------------------------------------------------ crossing
 
@@ -309,17 +324,26 @@ class Recursion:
             hs = [None if g is None else torch.zeros_like(g, dtype=_wide(g.dtype)) for g in grads]
         step = Step(op.node, hs, grads, [edge is not None for edge in op.inputs])
         if op.composite is not None:
-            self._give(op.composite.start, op.composite.cross(step), op.composite.reads)
+            self._give(op.composite.start, op.composite.cross(step), 0)
+            self._pass_on(op, [None] * len(op.inputs))
             return
         if op.attention is not None:
             softmax = op.attention.softmax
             found = attention_scores(op.attention, step)
             softmax.extra = found if softmax.extra is None else softmax.extra + found
-            step.need[0] = False
+            step.need[op.attention.entry] = False
         if op.rule is None:
             out = by_signs(step, self.signs, self.refuse)
         else:
             out = op.rule.cross(step)
+        if self.cross_terms and op.rule is not None and op.rule.adds:
+            for edge, t in cross_terms(op, hs[0], self.signs):
+                if edge[1] < 0 and self.observe is not None:
+                    raise UnsupportedError(
+                        "cross_terms=True with batch=True: two branches that are added up read one "
+                        f"parameter, of shape {tuple(edge[0].shape)}. Use batch=False."
+                    )
+                self._give(edge, t, 0)
         if op.extra is not None:
             out, op.extra = [out[0] + op.extra], None
         if self.replaced:
@@ -331,7 +355,8 @@ class Recursion:
         if grads is None:
             return found
         p = op.node._saved_result.to(found.dtype)
-        return found + softmax_curvature(p, grads[0].to(found.dtype))
+        dim = signed(op.node._saved_dim)
+        return found + softmax_curvature(p, grads[0].to(found.dtype), dim)
 
     def _pass_on(self, op: Operation, out: Iterable[Tensor | None]) -> None:
         """Add h to the inputs of an operation."""
@@ -353,7 +378,7 @@ class Recursion:
             old = target.h.get(place)
             target.h[place] = h if old is None else old + h
         target.waiting -= reads
-        if not target.waiting:
+        if not target.waiting and reads:
             self.ready.append(target)
 
     def _collect(self, p: nn.Parameter, h: Tensor) -> None:

@@ -60,6 +60,7 @@ class DiagonalRule(NamedTuple):
         curved: Whether there is a second term, so that gradients are needed; or, given which inputs are
             needed, whether there is one for them.
         joins: Whether it may be the end of several operations that are crossed as one.
+        adds: Whether it adds two tensors up.
         several: Whether h at other outputs than the first counts.
     """
 
@@ -67,6 +68,7 @@ class DiagonalRule(NamedTuple):
     curved: bool | Callable[[Sequence[bool]], bool] = False
     joins: bool = False
     several: bool = False
+    adds: bool = False
 
 
 # Filled by diagonals/__init__.py, where the whole table is in sight, and by `register_diagonal_rule`.
