@@ -668,6 +668,68 @@ def test_exact_penultimate(name: str, reduction: str):
     check_loss(model, torch.randn(6, 4), name, reduction, exact_penultimate=True)
 
 
+@pytest.mark.parametrize(
+    "name, positions", [*((name, ()) for name in LOSSES), *((name, (3,)) for name in POSITIONS)]
+)
+def test_each_datum_of_a_loss(name: str, positions: tuple[int, ...]):
+    """A datum has the sum of its terms, times the factor of the mean over all terms of the batch."""
+    make, kind = LOSSES[name]
+    model = Chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    if positions:
+        model = Chain(nn.Conv1d(4, 5, 1), nn.Tanh(), nn.Conv1d(5, 3, 1))
+    x, leaves = torch.randn(6, 4, *positions), dict(model.named_parameters())
+    y = targets(kind, torch.empty(6, 3, *positions))
+    mean, total = make(), make(reduction="sum")
+    r = (mean(model(x), y) / total(model(x), y)).item()
+    rows = []
+    for datum, target in zip(x.split(1), y.split(1), strict=True):
+        graph = Graph()
+        loss = Module("loss", lambda f, y=target: r * total(f, y), (model.graph(graph, "x"),))
+        rows.append(recursion(graph.modules, leaves | {"x": datum}, loss))
+    with backpack(HesScale(batch=True)):
+        extend(mean)(extend(model)(x), y).backward()
+    agree(leaves, "hesscale_batch", {key: torch.stack([row[key] for row in rows]) for key in leaves})
+
+
+def test_each_datum_of_flat_tokens():
+    """Logits `[N, T, C]`, of which the loss reads all rows; some are ignored."""
+    model = Chain(nn.Embedding(5, 4), nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3))
+    leaves, x, y = dict(model.named_parameters()), torch.randint(5, (6, 2)), torch.randint(3, (6, 2))
+    y[1], y[2, 0] = -100, -100
+    rows, r = [], 1 / (y >= 0).sum().item()
+    for datum, target in zip(x.split(1), y.split(1), strict=True):
+        graph = Graph()
+        z = graph(lambda W, datum=datum: F.embedding(datum, W), "0.weight")
+        z = graph.chain(model, z, "1", "2", "3", "4")
+
+        def value(f: Tensor, target=target) -> Tensor:
+            return r * F.cross_entropy(f.flatten(0, 1), target.flatten(), reduction="sum")
+
+        rows.append(recursion(graph.modules, leaves, Module("loss", value, (z,))))
+    with backpack(HesScale(batch=True), HesScale()):
+        extend(nn.CrossEntropyLoss())(extend(model)(x).flatten(0, 1), y.flatten()).backward()
+    agree(leaves, "hesscale_batch", {key: torch.stack([row[key] for row in rows]) for key in leaves})
+    agree(leaves, "hesscale", {key: sum(row[key] for row in rows) for key in leaves})
+
+
+def test_each_datum_of_a_sequence_first_model():
+    model = Chain(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    leaves, x, y = dict(model.named_parameters()), torch.randn(2, 6, 3), torch.randint(3, (2, 6))
+    rows = []
+    for n in range(6):
+        graph = Graph()
+
+        def value(f: Tensor, n=n) -> Tensor:
+            return F.cross_entropy(f.flatten(0, 1), y[:, n], reduction="sum") / 12
+
+        loss = Module("loss", value, (model.graph(graph, "x"),))
+        rows.append(recursion(graph.modules, leaves | {"x": x[:, n : n + 1]}, loss))
+    extend(model, batch_axis=1)
+    with backpack(HesScale(batch=True)):
+        extend(nn.CrossEntropyLoss(), batch_axis=1)(model(x).flatten(0, 1), y.flatten()).backward()
+    agree(leaves, "hesscale_batch", {key: torch.stack([row[key] for row in rows]) for key in leaves})
+
+
 @every_reduction
 def test_exact_penultimate_without_a_bias(reduction: str):
     model = Chain(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3, bias=False))
