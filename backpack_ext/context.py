@@ -93,9 +93,9 @@ def recording() -> bool:
     """Whether the layers of a forward pass that runs now have to be recorded.
 
     Outside of any context they have, because the backward may run inside one. Inside, they have when
-    one of our extensions that needs them is active.
+    one of our extensions that needs them is active, or a user's hook that is called with modules.
     """
-    return _wanted(_needs_layers)
+    return _wanted(_ours if CTX.extension_hook is not no_op else _needs_layers)
 
 
 def tying() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -75,12 +76,13 @@ class DiagonalPass:
         self.recursion.end()
         if self.per_datum is not None:
             return self.per_datum.finish(self.ext, multiplier)
-        results, seen = self.recursion.results, set()
-        for p, h in results.items():
-            storage = h.untyped_storage().data_ptr()
+        results, seen = {}, set()
+        for p, h in self.recursion.results.values():
+            address = h.data_ptr()
             # two parameters that are added up share what arrives at the sum
-            h = h.clone() if storage in seen and h.numel() else h.contiguous()
-            seen.add(storage)
+            if not h.is_contiguous() or (address in seen and h.numel()):
+                h = h.clone(memory_format=torch.contiguous_format)
+            seen.add(address)
             results[p] = h if multiplier == 1 else h / multiplier
         return results
 

@@ -91,12 +91,14 @@ def on_diagonal(call: KnownDiagonal, grad: Tensor) -> None:
         call.release()
 
 
-def on_unrecorded_output(grad: Tensor) -> None:
-    """React to the gradient at the output of a model whose layers were not recorded."""
+def on_unrecorded_output(grads: tuple[Tensor | None, ...]) -> None:
+    """React to gradients at the output of a model whose layers were not recorded (a node's hook)."""
     if Receiver.active is None:
         extensions = active_extensions()
         if extensions:
-            current_pass(extensions).output(torch._C._current_autograd_node(), grad)
+            grad = next((g for g in grads if g is not None), None)
+            if grad is not None:
+                current_pass(extensions).output(torch._C._current_autograd_node(), grad)
 
 
 def on_model_output(grad: Tensor) -> None:
@@ -165,8 +167,6 @@ class BackwardPass(Receiver):
         self.main = [e for e in extensions if e.vectors.kind in ("gradient", "none")]
         self.diagonals = [e for e in extensions if e.vectors.kind == "diagonal"]
         self.passes: dict[Extension, DiagonalPass] = {}
-        # whether anyone asks for the vectors of layers
-        self.layers = any(e.needs_layers for e in extensions)
         self.outputs: list[Node] = []  # of models
         self.multiplier = loss_multiplier()
         self.keep = keeps_graph()
@@ -181,6 +181,8 @@ class BackwardPass(Receiver):
         self.pending = Pending()
         self.handles: list = []
         self.hook = CollectingHook()
+        # whether anyone asks for layers
+        self.layers = self.hook.wanted or any(e.needs_layers for e in extensions)
 
     # ------------------------------------------------------------------ events
 
@@ -249,11 +251,10 @@ class BackwardPass(Receiver):
         if not self.diagonals:
             return
         with self._quiet(grad.device.type):
+            factor = grad if grad.dim() == 0 else grad.reshape(())
             if isinstance(call, LossCall):
                 call.check()
-                factor = grad.reshape(()) * call.scale()
-            else:
-                factor = grad.reshape(())
+                factor = factor * call.scale()
             for ext in self.diagonals:
                 if ext not in self.passes:
                     per_datum = PerDatum(self.sites) if ext.batch else None

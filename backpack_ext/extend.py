@@ -203,6 +203,8 @@ class RootHook(Hook):
             if self.argument is not None:
                 given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
                 given = given[self.argument] if self.argument in given else kwargs[self.argument]
+            if self.argument is None and args and isinstance(args[0], Tensor):
+                given = args[0] if args[0].dim() > self.batch_axis else given
             first = next((t for t in _tensors(given) if t.dim() > self.batch_axis), None)
             batch = None if first is None else first.shape[self.batch_axis]
             listed = first is not None and first.dim() == 1 and not first.is_floating_point()
@@ -221,7 +223,7 @@ class RootHook(Hook):
                 if t.grad_fn is not None:
                     t = t._base if _has_graph_base(t) else t
                     if not running.recording:
-                        t.register_hook(on_unrecorded_output)
+                        t.grad_fn.register_prehook(on_unrecorded_output)
                         continue
                     t.register_hook(on_model_output)
                     batch, context = running.batch, sharing.current
@@ -353,7 +355,7 @@ class LossHook(Hook):
         """Tie the loss's value to its input."""
         if not torch.is_grad_enabled() or not tying():
             return
-        rule = loss_rule(module)
+        rule = loss_rule(type(module))
         arguments = ("input", "target") if rule is None else rule.arguments
         z, y, *others = _named(arguments, args, kwargs)
         if z is not None and y is not None and z.requires_grad:

@@ -293,7 +293,11 @@ def _is_for_all_data(site: Site) -> bool:
 
 def edge_of(t: Tensor) -> GradientEdge:
     """Return the gradient edge of a tensor, looking through BackPACK's identity hook nodes."""
-    edge = torch.autograd.graph.get_gradient_edge(t)
+    node = t.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):  # which no object of Python's keeps
+        edge = torch.autograd.graph.get_gradient_edge(t)
+    else:
+        edge = GradientEdge(node, t.output_nr)
     while edge.node.name() == "BackwardHookFunctionBackward":
         edge = GradientEdge(*edge.node.next_functions[edge.output_nr])
     return edge

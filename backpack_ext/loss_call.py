@@ -40,9 +40,11 @@ class LossCall:
         others: Sequence[Tensor] = (),
     ):
         self.module, self.batch_axis = module, batch_axis
-        self.rule = loss_rule(module)
-        self.others = tuple(t.detach() for t in others)
-        self.other_edges = tuple(edge_of(t) if t.requires_grad else None for t in others)
+        self.rule = loss_rule(type(module))
+        self.others = self.other_edges = ()
+        if others:
+            self.others = tuple(t.detach() for t in others)
+            self.other_edges = tuple(edge_of(t) if t.requires_grad else None for t in others)
         self.z, self._z_version = z.detach(), z._version
         self.y, self._y_version = y.detach(), y._version
         self.target_requires_grad = y.requires_grad

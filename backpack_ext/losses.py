@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from math import sqrt
 
 import torch
@@ -377,9 +378,10 @@ LOSSES: dict[type[nn.Module], LossRule] = {
 }
 
 
-def loss_rule(module: nn.Module) -> LossRule | None:
-    """Return the rule of a loss module, looked up along its class's MRO."""
-    return next((LOSSES[c] for c in type(module).__mro__ if c in LOSSES), None)
+@cache
+def loss_rule(cls: type[nn.Module]) -> LossRule | None:
+    """Return the rule of a loss module's class, looked up along its MRO."""
+    return next((LOSSES[c] for c in cls.__mro__ if c in LOSSES), None)
 
 
 def _broadcast(module: nn.Module, z: Tensor, y: Tensor) -> UnsupportedError:

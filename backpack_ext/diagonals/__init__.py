@@ -7,8 +7,10 @@ from backpack_ext.diagonals.composite import ENDS
 from backpack_ext.diagonals.pointwise import (
     ACTIVATIONS,
     BY_AUTOGRAD,
+    KINKS,
     PIECEWISE_LINEAR,
     glu,
+    kink,
     pointwise,
     prelu,
     register_activation,
@@ -40,6 +42,7 @@ def _all(names: Iterable[str], cross: Callable[[Step], Diagonals], **options: bo
 
 RULES.update((name, pointwise(f, True)) for name, f in ACTIVATIONS.items())
 RULES.update((name, pointwise(f, False)) for name, f in PIECEWISE_LINEAR.items())
+RULES.update((name, kink(PIECEWISE_LINEAR[name], saved)) for name, saved in KINKS.items())
 _all(linear.SELECTIONS, linear.selection)
 _all(linear.SPLITS, linear.selection, several=True)
 _all(("NativeDropoutBackward0",), linear.many_to_one, several=True)
@@ -49,7 +52,7 @@ _all(linear.MANY_TO_ONE, linear.many_to_one)
 _all((*BY_AUTOGRAD, "torch::autograd::CopySlices"), twice, curved=True)
 RULES.update(
     {
-        "TanhBackward0": DiagonalRule(tanh, True),
+        "TanhBackward0": DiagonalRule(tanh, True, shaped=True),
         "PreluKernelBackward0": DiagonalRule(prelu),
         "GluBackward0": DiagonalRule(glu, True),
         "MeanBackward0": DiagonalRule(linear.mean),
@@ -61,15 +64,15 @@ RULES.update(
         "MulBackward1": DiagonalRule(linear.scaling),
         "DivBackward0": DiagonalRule(linear.quotient, lambda need: need[1]),
         "DivBackward1": DiagonalRule(linear.unscaling),
-        "MmBackward0": DiagonalRule(linear.mm),
-        "BmmBackward0": DiagonalRule(linear.mm),
-        "AddmmBackward0": DiagonalRule(linear.addmm),
+        "MmBackward0": DiagonalRule(linear.mm, turns=True, shaped=True),
+        "BmmBackward0": DiagonalRule(linear.mm, shaped=True),
+        "AddmmBackward0": DiagonalRule(linear.addmm, turns=True, shaped=True),
         "BaddbmmBackward0": DiagonalRule(linear.baddbmm),
         "TBackward0": DiagonalRule(linear.transpose),
         "MvBackward0": DiagonalRule(linear.mv),
         "AddmvBackward0": DiagonalRule(linear.addmv),
         "DotBackward0": DiagonalRule(linear.dot),
-        "ConvolutionBackward0": DiagonalRule(linear.convolution),
+        "ConvolutionBackward0": DiagonalRule(linear.convolution, shaped=True),
         "TrilinearBackward0": DiagonalRule(linear.trilinear),
         "EmbeddingBackward0": DiagonalRule(linear.embedding),
         "EmbeddingBagBackward0": DiagonalRule(linear.embedding_bag),

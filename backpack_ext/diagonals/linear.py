@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backpack_ext.diagonals.rule import Diagonals, Step, call, signed
+from backpack_ext.diagonals.rule import TURNED, Diagonals, Step, call, signed
 from backpack_ext.errors import UnsupportedError
 
 # Operations whose Jacobian consists of zeros and ones: J o J = J, so that h moves as gradients do.
@@ -159,12 +159,19 @@ def transpose(step: Step) -> Diagonals:
 
 def mm(step: Step) -> Diagonals:
     """Cross ``A B``: ``h (B o B)^T`` and ``(A o A)^T h``; one matrix or a batch of them."""
-    (h,), need, second = step.h, step.need, step.saved("mat2")
-    out: list[Tensor | None] = [h @ second.square().mT if need[0] else None, None]
+    (h,), need = step.h, step.need
+    out: list[Tensor | None] = [None, None]
+    if need[0]:
+        out[0] = h @ step.saved("mat2").square().mT
     if need[1]:
-        # (h^T A^2)^T is laid out like the transposed weight that B mostly is
-        out[1] = (h.mT @ step.saved("self").square()).mT
+        out[1] = _right_factor(h, step.saved("self"), need[1])
     return out
+
+
+def _right_factor(h: Tensor, left: Tensor, need: bool | int) -> Tensor:
+    """Return ``(A o A)^T h``, or its transpose for a transposed parameter."""
+    turned = h.mT @ left.square()
+    return turned if need == TURNED else turned.mT
 
 
 def addmm(step: Step) -> Diagonals:
@@ -179,7 +186,7 @@ def addmm(step: Step) -> Diagonals:
     if need[1]:
         out[1] = h.mm(step.saved("mat2").square().t())
     if need[2]:
-        out[2] = h.t().mm(step.saved("mat1").square()).t()
+        out[2] = _right_factor(h, step.saved("mat1"), need[2])
     return out
 
 

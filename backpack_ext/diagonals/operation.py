@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from backpack_ext.diagonals.rule import TURNED
+
 if TYPE_CHECKING:
     from backpack_ext.diagonals.attention import Attention
     from backpack_ext.diagonals.composite import Composite
     from backpack_ext.diagonals.rule import DiagonalRule
 
-# The second entries of an edge that ends at a parameter, or at a transposed one.
-LEAF, TURNED = -1, -2
+# The second entry of an edge that ends at a parameter; `TURNED` at a transposed one.
+LEAF = -1
 
 # Where an input of an operation comes from: an operation and which of its outputs, or a parameter and
 # `LEAF` or `TURNED`; None where nothing is wanted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from math import log, pi, sqrt
 
 import torch
@@ -19,7 +19,7 @@ Derivatives = Callable[[Step], tuple[Tensor, Tensor | None]]
 
 def _tanh(s: Step):
     y = s.saved("result")
-    d1 = torch.addcmul(_one(y), y, y, value=-1)
+    d1 = 1 - y * y
     return d1, d1 * y * -2
 
 
@@ -208,6 +208,17 @@ PIECEWISE_LINEAR: dict[str, Derivatives] = {
     "AbsBackward0": partial(_of_input, lambda x: (x.sign(), None)),
 }
 
+# Those of them whose derivative is 0 or 1, with what they save.
+KINKS = {
+    "ReluBackward0": "_saved_result",
+    "ThresholdBackward0": "_saved_self",
+    "ThresholdBackward1": "_saved_self",
+    "HardtanhBackward0": "_saved_self",
+    "HardtanhBackward1": "_saved_result",
+    "HardshrinkBackward0": "_saved_self",
+    "SoftshrinkBackward0": "_saved_self",
+}
+
 # Elementwise operations whose derivatives are left to autograd, which is exact for them: see
 # `backpack_ext.diagonals.unknown`.
 BY_AUTOGRAD = (
@@ -226,21 +237,24 @@ BY_AUTOGRAD = (
 
 def tanh(step: Step) -> Diagonals:
     """Cross a tanh y: ``f' (f' h - 2 y g)``, with fewer passes over the data than by the table."""
-    (h,), y, g = step.h, step.saved("result"), step.gradient
-    d1 = torch.addcmul(_one(h), y, y, value=-1)
-    out = d1 * h
-    if g is not None:
-        out.addcmul_(y, g, value=-2)
-    return (out.mul_(d1),)
+    node, (h,), g = step.node, step.h, step.gradient
+    y = node._saved_result
+    if y.dtype != h.dtype:
+        return (crossed(step, *_tanh(step)),)
+    inner = node(h)
+    return (node(inner if g is None else inner.addcmul_(y, g, value=-2)),)
 
 
-@cache
-def _ones(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
+def kink(derivatives: Derivatives, attribute: str) -> DiagonalRule:
+    """Return the rule of an elementwise operation whose derivative is 0 or 1: h moves as gradients do."""
 
+    def cross(step: Step) -> Diagonals:
+        (h,) = step.h
+        if getattr(step.node, attribute).dtype == h.dtype:
+            return (step.node(h),)
+        return (crossed(step, *derivatives(step)),)
 
-def _one(like: Tensor) -> Tensor:
-    return _ones(like.dtype, like.device)
+    return DiagonalRule(cross, shaped=True)
 
 
 def pointwise(derivatives: Derivatives, curved: bool) -> DiagonalRule:
@@ -250,7 +264,7 @@ def pointwise(derivatives: Derivatives, curved: bool) -> DiagonalRule:
         d1, d2 = derivatives(step)
         return (crossed(step, d1, d2),)
 
-    return DiagonalRule(cross, curved)
+    return DiagonalRule(cross, curved, shaped=True)
 
 
 def prelu(step: Step) -> Diagonals:

@@ -24,12 +24,14 @@ from backpack_ext.diagonals.attention import attention_of, attention_scores
 from backpack_ext.diagonals.composite import composite_of
 from backpack_ext.diagonals.crossing import cross_terms
 from backpack_ext.diagonals.operation import LEAF, Edge, Operation, leaf_edge
-from backpack_ext.diagonals.rule import Diagonals, Step, rule_of, signed
+from backpack_ext.diagonals.rule import TURNED, DiagonalRule, Diagonals, Step, rule_of, signed
 from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.diagonals.unknown import by_signs, check_known
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.sweep import Receiver
+
+_ANY = DiagonalRule(lambda step: step.h)
 
 
 class Arrival:
@@ -38,7 +40,7 @@ class Arrival:
     The node owns it, so it holds neither the node nor, strongly, the recursion.
     """
 
-    __slots__ = ("node", "recursion")
+    __slots__ = ("recursion",)
 
     def __init__(self, recursion: weakref.ref[Recursion]):
         self.recursion = recursion
@@ -66,7 +68,7 @@ class Recursion:
         cross_terms: Whether additions get their cross terms.
 
     Attributes:
-        results: The diagonals of the parameters.
+        results: The parameters and their diagonals, by the parameters' ids.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class Recursion:
         self.observe, self.keep, self.cross_terms = observe, keep, cross_terms
         self.quiet = quiet
         self.operations: dict[Node, Operation] = {}
-        self.results: dict[nn.Parameter, Tensor] = {}
+        self.results: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self.ready: list[Operation] = []
         self.handles: list = []
         self.watched: set[Node] = set()  # where gradients are needed for other reasons
         self.inside: set[Node] = set()  # nodes of composites
+        self.arrival = Arrival(weakref.ref(self))
         self.left = 0  # inputs of operations that are parameters and have got nothing yet
         self.hooked = False  # do saved tensors come from hooks (activation checkpointing)?
         self.replaced: dict[tuple[Operation, int], Tensor] = {}
@@ -207,9 +210,8 @@ class Recursion:
 
     def _prepare(self, new: list[Operation]) -> None:
         """Find what belongs together, and have gradients brought where they are needed."""
-        joins = [op for op in new if len(op.inputs) > 1 and op.rule is not None and op.rule.joins]
-        if len(joins) > 1:
-            joins.sort(key=_made, reverse=True)  # the outermost first
+        joins = [op for op in new if op.rule is not None and op.rule.joins and len(op.inputs) > 1]
+        joins.sort(key=_made, reverse=True)  # the outermost first
         for op in joins:
             if op.inside:
                 continue
@@ -224,25 +226,25 @@ class Recursion:
         for op in new:
             if op.inside:
                 continue
-            if not self.hooked:
-                self.hooked = _has_hooks(op.node)
             if op.rule is None:
                 name = op.name
                 check_known(name)
                 self.warn(name)
+            if not self.hooked and _has_hooks(op.node):
+                self.hooked = True
             if not self.gauss_newton:
                 self._watch(op)
 
     def _watch(self, op: Operation) -> None:
         """Have the gradient at an operation brought, if it has a second derivative."""
-        curved = True
-        if op.composite is None and op.rule is not None:
-            curved = op.rule.curved
-            if callable(curved):
+        curved, rule = True, op.rule
+        if op.composite is None and rule is not None:
+            curved = rule.curved
+            if curved is not True and curved is not False:
                 curved = curved([edge is not None for edge in op.inputs])
         if (curved or op.node in self.watched) and not op.watched:
             op.watched = True
-            handle = op.node.register_prehook(Arrival(weakref.ref(self)))
+            handle = op.node.register_prehook(self.arrival)
             if self.keep:
                 self.handles.append(handle)
 
@@ -322,7 +324,8 @@ class Recursion:
                 return
             # what reads it has no curvature, but it has
             hs = [None if g is None else torch.zeros_like(g, dtype=_wide(g.dtype)) for g in grads]
-        step = Step(op.node, hs, grads, [edge is not None for edge in op.inputs])
+        need = [edge is not None and (edge[1] != TURNED or TURNED) for edge in op.inputs]
+        step = Step(op.node, hs, grads, need)
         if op.composite is not None:
             self._give(op.composite.start, op.composite.cross(step), 0)
             self._pass_on(op, [None] * len(op.inputs))
@@ -348,7 +351,10 @@ class Recursion:
             out, op.extra = [out[0] + op.extra], None
         if self.replaced:
             out = [self.replaced.get((op, k), t) for k, t in enumerate(out)]
-        self._pass_on(op, out)
+        rule = op.rule or _ANY
+        for edge, t in zip(op.inputs, out, strict=False):
+            if edge is not None:
+                self._give(edge, t, 1, rule.turns, rule.shaped)
 
     def _behind_softmax(self, op: Operation, grads: Diagonals | None) -> Tensor:
         found, op.extra = op.extra, None
@@ -364,17 +370,19 @@ class Recursion:
             if edge is not None:
                 self._give(edge, h, 1)
 
-    def _give(self, edge: Edge, h: Tensor | None, reads: int) -> None:
+    def _give(
+        self, edge: Edge, h: Tensor | None, reads: int, turned: bool = False, shaped: bool = False
+    ) -> None:
+        """Add h to a tensor, and note that so many of what reads it were crossed."""
         target, place = edge
         if place < 0:
             self.left -= reads
             if h is not None:
-                self._collect(target, h if place == LEAF else h.mT)
+                self._collect(target, h if place == LEAF or turned else h.mT)
             return
         if h is not None:
-            op_shape = target.node._input_metadata[place].shape
-            if h.shape != op_shape:
-                h = h.sum_to_size(op_shape)
+            if not shaped and h.shape != (shape := target.node._input_metadata[place].shape):
+                h = h.sum_to_size(shape)
             old = target.h.get(place)
             target.h[place] = h if old is None else old + h
         target.waiting -= reads
@@ -387,8 +395,8 @@ class Recursion:
                 h = h[0] if len(h) == 1 else h.sum(0)
             else:
                 h = h.sum_to_size(p.shape)
-        old = self.results.get(p)
-        self.results[p] = h if old is None else old + h
+        old = self.results.get(id(p))
+        self.results[id(p)] = (p, h if old is None else old[1] + h)
 
 
 def _made(op: Operation) -> int:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from backpack_ext.own_pass import in_a_pass_of_its_own
+
 # Diagonals, or gradients, at the outputs (or inputs) of an operation; None where there is none.
 Diagonals = Sequence[Tensor | None]
+
+
+# Marks an input that is a transposed parameter.
+TURNED = -2
 
 
 class Step(NamedTuple):
@@ -20,7 +27,8 @@ class Step(NamedTuple):
         node: The operation's node; it still holds what it saved for its backward.
         h: The Hessian diagonal at each of its outputs, in float32 or above; None where it is zero.
         g: The gradient at each of its outputs; None if the second derivative of F is left out.
-        need: For each of its inputs, whether the recursion goes on there.
+        need: For each of its inputs, whether the recursion goes on there; `TURNED` if it is a transposed
+            parameter.
     """
 
     node: Node
@@ -30,11 +38,14 @@ class Step(NamedTuple):
 
     def saved(self, name: str) -> Tensor | None:
         """Return a tensor that the operation saved, in the data type of h."""
-        t = getattr(self.node, f"_saved_{name}")
-        if t is None or not t.is_floating_point():
-            return t
-        dtype = self.dtype
-        return t if t.dtype == dtype else t.to(dtype)
+        t = getattr(self.node, "_saved_" + name)
+        return t if t is None else self.lifted(t)
+
+    def lifted(self, t: Tensor) -> Tensor:
+        """Return a tensor in the data type of h, if its own is another floating one."""
+        h = self.h[0]
+        dtype = self.dtype if h is None else h.dtype
+        return t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,6 +71,8 @@ class DiagonalRule(NamedTuple):
         curved: Whether there is a second term, so that gradients are needed; or, given which inputs are
             needed, whether there is one for them.
         joins: Whether it may be the end of several operations that are crossed as one.
+        turns: Whether h at an input that is a transposed parameter comes in the parameter's own layout.
+        shaped: Whether h comes in the inputs' shapes, and needs no sum over axes that were broadcast.
         adds: Whether it adds two tensors up.
         several: Whether h at other outputs than the first counts.
     """
@@ -69,6 +82,8 @@ class DiagonalRule(NamedTuple):
     joins: bool = False
     several: bool = False
     adds: bool = False
+    turns: bool = False
+    shaped: bool = False
 
 
 # Filled by diagonals/__init__.py, where the whole table is in sight, and by `register_diagonal_rule`.
@@ -135,10 +150,20 @@ def rule_of(node: Node) -> DiagonalRule | None:
     return rule
 
 
+class Unpacking:
+    """Whether saved tensors come from hooks, which hand out each of them once per backward pass."""
+
+    once = False
+
+
 def call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
     """Return an operation's vector-Jacobian product."""
     # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    out = node(*arguments) if callable(node) else node.apply(*arguments)
+    function = node if callable(node) else node.apply
+    if Unpacking.once:
+        out = in_a_pass_of_its_own(partial(function, *arguments))
+    else:
+        out = function(*arguments)
     return out if isinstance(out, tuple) else (out,)
 
 
