@@ -42,7 +42,7 @@ def _all(names: Iterable[str], cross: Callable[[Step], Diagonals], **options: bo
 
 RULES.update((name, pointwise(f, True)) for name, f in ACTIVATIONS.items())
 RULES.update((name, pointwise(f, False)) for name, f in PIECEWISE_LINEAR.items())
-RULES.update((name, kink(PIECEWISE_LINEAR[name], saved)) for name, saved in KINKS.items())
+RULES.update((name, kink(PIECEWISE_LINEAR[name])) for name in KINKS)
 _all(linear.SELECTIONS, linear.selection)
 _all(linear.SPLITS, linear.selection, several=True)
 _all(("NativeDropoutBackward0",), linear.many_to_one, several=True)

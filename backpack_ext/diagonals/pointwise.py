@@ -11,14 +11,22 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.special import ndtr
 
-from backpack_ext.diagonals.rule import RULES, DiagonalRule, Diagonals, Step, crossed, found, signed
+from backpack_ext.diagonals.rule import (
+    RULES,
+    DiagonalRule,
+    Diagonals,
+    Step,
+    Unpacking,
+    crossed,
+    found,
+    signed,
+)
 
 # Maps a step to f' and f''; None stands for f'' = 0.
 Derivatives = Callable[[Step], tuple[Tensor, Tensor | None]]
 
 
-def _tanh(s: Step):
-    y = s.saved("result")
+def _of_tanh(y: Tensor):
     d1 = 1 - y * y
     return d1, d1 * y * -2
 
@@ -163,7 +171,7 @@ def _number(value) -> float:
 # f' and f'' by operation. What no entry covers, and is elementwise, is differentiated by autograd: see
 # `BY_AUTOGRAD`, and `register_activation` for operations of one's own.
 ACTIVATIONS: dict[str, Derivatives] = {
-    "TanhBackward0": _tanh,
+    "TanhBackward0": partial(_of_result, _of_tanh),
     "SigmoidBackward0": _sigmoid,
     "GeluBackward0": _gelu,
     "SiluBackward0": _silu,
@@ -208,16 +216,11 @@ PIECEWISE_LINEAR: dict[str, Derivatives] = {
     "AbsBackward0": partial(_of_input, lambda x: (x.sign(), None)),
 }
 
-# Those of them whose derivative is 0 or 1, with what they save.
-KINKS = {
-    "ReluBackward0": "_saved_result",
-    "ThresholdBackward0": "_saved_self",
-    "ThresholdBackward1": "_saved_self",
-    "HardtanhBackward0": "_saved_self",
-    "HardtanhBackward1": "_saved_result",
-    "HardshrinkBackward0": "_saved_self",
-    "SoftshrinkBackward0": "_saved_self",
-}
+# Those of them whose derivative is 0 or 1.
+KINKS = (
+    *("ReluBackward0", "ThresholdBackward0", "ThresholdBackward1", "HardtanhBackward0"),
+    *("HardtanhBackward1", "HardshrinkBackward0", "SoftshrinkBackward0"),
+)
 
 # Elementwise operations whose derivatives are left to autograd, which is exact for them: see
 # `backpack_ext.diagonals.unknown`.
@@ -239,18 +242,21 @@ def tanh(step: Step) -> Diagonals:
     """Cross a tanh y: ``f' (f' h - 2 y g)``, with fewer passes over the data than by the table."""
     node, (h,), g = step.node, step.h, step.gradient
     y = node._saved_result
-    if y.dtype != h.dtype:
-        return (crossed(step, *_tanh(step)),)
+    if y.dtype != h.dtype or Unpacking.once:
+        return (crossed(step, *_of_tanh(step.lifted(y))),)
     inner = node(h)
     return (node(inner if g is None else inner.addcmul_(y, g, value=-2)),)
 
 
-def kink(derivatives: Derivatives, attribute: str) -> DiagonalRule:
-    """Return the rule of an elementwise operation whose derivative is 0 or 1: h moves as gradients do."""
+def kink(derivatives: Derivatives) -> DiagonalRule:
+    """Return the rule of an elementwise operation whose derivative is 0 or 1.
+
+    Then h moves as gradients do, which is one pass over the data, where data types allow.
+    """
 
     def cross(step: Step) -> Diagonals:
         (h,) = step.h
-        if getattr(step.node, attribute).dtype == h.dtype:
+        if step.node._input_metadata[0].dtype == h.dtype:
             return (step.node(h),)
         return (crossed(step, *derivatives(step)),)
 

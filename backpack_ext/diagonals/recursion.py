@@ -24,7 +24,15 @@ from backpack_ext.diagonals.attention import attention_of, attention_scores
 from backpack_ext.diagonals.composite import composite_of
 from backpack_ext.diagonals.crossing import cross_terms
 from backpack_ext.diagonals.operation import LEAF, Edge, Operation, leaf_edge
-from backpack_ext.diagonals.rule import TURNED, DiagonalRule, Diagonals, Step, rule_of, signed
+from backpack_ext.diagonals.rule import (
+    TURNED,
+    DiagonalRule,
+    Diagonals,
+    Step,
+    Unpacking,
+    rule_of,
+    signed,
+)
 from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.diagonals.unknown import by_signs, check_known
 from backpack_ext.errors import RecordingError, UnsupportedError
@@ -291,7 +299,11 @@ class Recursion:
         """Cross all operations that wait for nothing."""
         if self.hooked:
             # what checkpointing recomputes is handed out once per pass, and is the main one's
-            in_a_pass_of_its_own(self._run)
+            Unpacking.once = True
+            try:
+                in_a_pass_of_its_own(self._run)
+            finally:
+                Unpacking.once = False
         else:
             self._run()
 
