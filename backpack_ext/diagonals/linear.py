@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backpack_ext.diagonals.rule import TURNED, Diagonals, Step, call, signed
 from backpack_ext.errors import UnsupportedError
@@ -184,7 +185,7 @@ def addmm(step: Step) -> Diagonals:
     if a != 1:
         h = h * a**2
     if need[1]:
-        out[1] = h.mm(step.saved("mat2").square().t())
+        out[1] = F.linear(h, step.saved("mat2").square())  # times the transpose
     if need[2]:
         out[2] = _right_factor(h, step.saved("mat1"), need[2])
     return out

@@ -402,11 +402,12 @@ class Recursion:
             self.ready.append(target)
 
     def _collect(self, p: nn.Parameter, h: Tensor) -> None:
-        if h.shape != p.shape:
-            if p.dim() == 1 and h.dim() == 2 and h.shape[1] == len(p):  # a bias; faster
-                h = h[0] if len(h) == 1 else h.sum(0)
+        given, shape = h.shape, p.shape
+        if given != shape:
+            if len(shape) == 1 and len(given) == 2 and given[1] == shape[0]:  # a bias; faster
+                h = h.view(shape) if given[0] == 1 and h.is_contiguous() else h.sum(0)
             else:
-                h = h.sum_to_size(p.shape)
+                h = h.sum_to_size(shape)
         old = self.results.get(id(p))
         self.results[id(p)] = (p, h if old is None else old[1] + h)
 
