@@ -392,7 +392,10 @@ class BackwardPass(Receiver):
                     "to a loss with backpack_ext.attach_loss."
                 )
         for ext in self.diagonals:
-            known = self.passes[ext].recursion.operations if ext in self.passes else {}
+            known: Collection[Node] = ()
+            if ext in self.passes:
+                recursion = self.passes[ext].recursion
+                known = recursion.operations.keys() | recursion.passed
             for node in self.outputs:
                 if node not in known and (p := parameter_behind(node, known)) is not None:
                     raise RecordingError(

@@ -92,19 +92,19 @@ class DiagonalHessian(Extension):
         """Add the per-datum diagonals of one layer: ``unit.cotangents`` hold h."""
         for role, p in unit.parameters.items():
             h = _per_datum(unit, role)
-            store[p] = h if p not in store else store[p] + h
+            store[id(p)] = p, h if id(p) not in store else store[id(p)][1] + h
 
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the diagonals."""
-        return list(store.items())
+        return list(store.values())
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add the diagonals of a batch, or put its data beside the others."""
-        for p, h in store.items():
+        for key, (p, h) in store.items():
             h = h * weight
-            if p in total:
-                h = torch.cat((total[p], h)) if self.batch else total[p] + h
-            total[p] = h
+            if key in total:
+                h = torch.cat((total[key][1], h)) if self.batch else total[key][1] + h
+            total[key] = p, h
 
 
 def _per_datum(unit: Unit, role: str) -> Tensor:
