@@ -496,6 +496,7 @@ SHAPES = {
     "index, pairs": function(lambda x: x[torch.arange(3), PICKED], (3, 4)),
     "boolean mask": function(lambda x: x[torch.eye(3, 4) > 0], (3, 4)),
     "index_add": function(lambda x, y: x.index_add(0, PICKED, y), (3, 4), (3, 4)),
+    "index_add, alpha": function(lambda x, y: x.index_add(0, PICKED, y, alpha=-3), (3, 4), (3, 4)),
     "index_put": function(lambda x, y: x.index_put((PICKED[:2],), y), (3, 4), (2, 4)),
     "scatter": function(lambda x, y: x.scatter(1, ROWS[:, :2], y), (2, 3), (2, 2)),
     "scatter_add": function(lambda x, y: x.scatter_add(1, ROWS, y), (2, 3), (2, 4)),
@@ -586,8 +587,71 @@ PRODUCTS = {
     "einsum, shared": two_matrices("nid,de->nie", (2, 3, 4), (4, 5)),
 }
 
+# -- reductions, interpolation ----------------------------------------------------------------------
+
+
+def with_zeros(x: Tensor) -> Tensor:
+    """Its first row and some more entries."""
+    return x.masked_fill((torch.arange(4) == torch.arange(-1, 2)[:, None]) + EDGE[:, None], 0.0)
+
+
+EDGE = torch.tensor([True, False, False])
+NORM_ORDERS = (2, 1, 3, 1.5, 4, 0.5, math.inf, -math.inf)
+REDUCING = {
+    **{
+        f"{p}-norm": function(lambda x, p=p: torch.linalg.vector_norm(x, p, -1), (2, 3, 4))
+        for p in NORM_ORDERS
+    },
+    "3-norm, axes": function(lambda x: torch.linalg.vector_norm(x, 3, (0, -1), True), (2, 3, 4)),
+    "norm": function(torch.norm, (3, 4)),
+    "norm, as aten has it": function(lambda x: torch.ops.aten.norm.Scalar(x, 3), (3, 4)),
+    "pairwise distance": function(F.pairwise_distance, (3, 4), (3, 4)),
+    "var": function(lambda x: x.var(1), (3, 4)),
+    "var, axes": function(lambda x: x.var((0, -1), correction=0, keepdim=True), (2, 3, 4)),
+    "std": function(lambda x: x.std(-1), (3, 4)),
+    "std, all": function(torch.std, (3, 4)),
+    "var_mean": function(lambda x: torch.var_mean(x, (0, 2)), (2, 3, 4)),
+    "var_mean, mean": function(lambda x: torch.var_mean(x, 1)[1], (3, 4)),
+    "std_mean": function(lambda x: torch.std_mean(x, 1, correction=0), (3, 4)),
+    "std_mean, mean": function(lambda x: torch.std_mean(x, 1)[1].sin(), (3, 4)),
+    "std_mean, std": function(lambda x: torch.std_mean(x, 1)[0], (3, 4)),
+    "prod": function(torch.prod, (3, 2)),
+    "prod, axis": function(lambda x: x.prod(1), (3, 4)),
+    "det": function(torch.linalg.det, (2, 3, 3)),
+    "aminmax": function(lambda x: tuple(x.aminmax(dim=1)), (3, 4)),
+    "mode": function(lambda x: x.mode(1)[0], (3, 4)),
+    "cummax": function(lambda x: x.cummax(1)[0], (3, 4)),
+    **{
+        f"scatter_reduce, {how}": function(
+            lambda x, y, how=how: x.scatter_reduce(0, PICKED[:, None].expand(3, 4), y, how),
+            *((3, 4), (3, 4)),
+        )
+        for how in ("sum", "mean", "prod", "amax")
+    },
+    "index_reduce": function(lambda x, y: x.index_reduce(0, PICKED, y, "mean"), (3, 4), (3, 4)),
+}
+UPSAMPLING = {
+    "nearest, exact": function(partial(F.interpolate, size=(5, 7), mode="nearest-exact"), (2, 1, 3, 4)),
+    "linear": function(partial(F.interpolate, scale_factor=1.7, mode="linear"), (2, 2, 4)),
+    "bilinear": function(partial(F.interpolate, scale_factor=2, mode="bilinear"), (2, 1, 3, 4)),
+    "bilinear, down": function(partial(F.interpolate, size=(2, 5), mode="bilinear"), (1, 2, 3, 4)),
+    "bilinear, scaled": function(
+        partial(F.interpolate, scale_factor=(0.7, 1.3), mode="bilinear"), (1, 1, 5, 4)
+    ),
+    "bilinear, corners": function(
+        partial(F.interpolate, size=(4, 7), mode="bilinear", align_corners=True), (1, 2, 3, 4)
+    ),
+    "bicubic": function(partial(F.interpolate, size=(5, 7), mode="bicubic"), (1, 2, 3, 4)),
+    "bicubic, corners": function(
+        partial(F.interpolate, scale_factor=2, mode="bicubic", align_corners=True), (1, 1, 3, 4)
+    ),
+    "trilinear": function(partial(F.interpolate, scale_factor=2, mode="trilinear"), (1, 1, 2, 3, 2)),
+}
+
 RULES = {
     **LAYERS,
+    **REDUCING,
+    **UPSAMPLING,
     **ELEMENTWISE,
     **HOME_MADE,
     **IN_PLACE,
@@ -616,6 +680,17 @@ def test_one_module(name: str):
         assert leaf.hesscale.shape == leaf.hesscale_gn.shape == leaf.shape
         close(leaf.hesscale, expected, 1e-12)
         close(leaf.hesscale_gn, ggn[key], 1e-12)
+
+
+@pytest.mark.parametrize("reduce", ["std", "2-norm", "3-norm", "1-norm"])
+def test_where_a_norm_has_no_derivative(reduce: str):
+    """Autograd says zero there, and so do we, of both derivatives."""
+    x = nn.Parameter(with_zeros(torch.randn(3, 4)))
+    y = x.std(1) if reduce == "std" else torch.linalg.vector_norm(x, float(reduce[0]), 1)
+    value, c = separate(y)
+    backward(y, value, c, HesScale())
+    assert x.hesscale.isfinite().all() and not x.grad[0].any() and not x.hesscale[0].any()
+    assert x.hesscale[1:].count_nonzero() > 5
 
 
 # -- convolutions with other padding: two modules, exact in the parameters -------------------------
@@ -822,7 +897,7 @@ def test_without_a_rule_random_signs_are_unbiased():
 @random_signs
 def test_linear_glue_is_not_refused():
     def upsampled(x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2, mode="bilinear")
+        return F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True)
 
     found, exact, *_ = estimates(upsampled, torch.randn(1, 1, 2, 3), on_curved_glue="raise")
     assert unbiased(found, exact) and far(found[0], exact)
