@@ -74,7 +74,6 @@ def _run(args: argparse.Namespace) -> dict:
     every = settings(QUICK_STEPS if args.quick else TRAINED)
     chosen = [setting for setting in every if setting.name in args.settings]
     times = _times(chosen, *LENGTHS["quick" if args.quick else "default"])
-    print(quality_tables.times(times), end="\n\n", flush=True)
     fits = {entry["network"]: _fits(entry) for entry in times}
     samples = QUICK_SAMPLES if args.quick else SAMPLES
     found = {"machine": about, "seeds": args.seeds, "samples": samples, "times": times, "problems": []}
@@ -106,11 +105,12 @@ def _plot(found: dict, path: Path) -> None:
 
 
 def _times(chosen: Sequence[Setting], seconds: float, rounds: tuple[int, int]) -> list[dict]:
-    """Time each network once, at initialisation: times do not depend on the parameters' values."""
+    """Time each network once and print it, at initialisation: times do not depend on the parameters' values."""
     found = []
     for name in dict.fromkeys(setting.network for setting in chosen):
         problem = Setting(name, NETWORKS[name].batch).draw(0)
         found.append({"network": name, **measure(problem, seconds, rounds)})
+        print(quality_tables.times(found[-1]), end="\n\n", flush=True)
     return found
 
 

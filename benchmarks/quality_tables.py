@@ -31,22 +31,18 @@ def text(problem: dict) -> str:
     return "\n".join(lines)
 
 
-def times(found: Sequence[dict]) -> str:
-    """Return the times of all estimates, relative to a plain step."""
-    lines = []
-    for entry in found:
-        low, middle, high = entry["plain_ms"]
-        lines.append(
-            f"{entry['about']}, batch {entry['batch']}: plain step {middle:.3g} ms, "
-            f"{entry['rounds']} rounds"
-        )
-        if high > report.DISTURBED * low:
-            lines.append("DISTURBED: the plain step's time varies; are other processes running?")
-        lines += [f"  {name:30}{_quartiles(ratio)}" for name, ratio in entry["time"].items()]
-        for name in SAMPLED:
-            of = entry[name]
-            more = f"each further sample {of['further']:.3g}; {of['fit']:.3g} fit into HesScale's time"
-            lines.append(f"  {name:30}{_quartiles(of['first'])}, {more}")
+def times(entry: dict) -> str:
+    """Return one network's times of all estimates, relative to a plain step."""
+    _, middle, _ = entry["plain_ms"]
+    title = f"{entry['about']}, batch {entry['batch']}"
+    lines = [f"{title}: plain step {middle:.3g} ms, {entry['rounds']} rounds"]
+    if entry["plain_ms"][2] > report.DISTURBED * entry["plain_ms"][0]:
+        lines.append("DISTURBED: the plain step's time varies; are other processes running?")
+    lines += [f"  {name:30}{_quartiles(ratio)}" for name, ratio in entry["time"].items()]
+    for name in SAMPLED:
+        of = entry[name]
+        more = f"each further sample {of['further']:.3g}; {of['fit']:.3g} fit into HesScale's time"
+        lines.append(f"  {name:30}{_quartiles(of['first'])}, {more}")
     return "\n".join(lines)
 
 
