@@ -105,7 +105,7 @@ def _plot(found: dict, path: Path) -> None:
 
 
 def _times(chosen: Sequence[Setting], seconds: float, rounds: tuple[int, int]) -> list[dict]:
-    """Time each network once and print it, at initialisation: times do not depend on the parameters' values."""
+    """Time each network once, at initialisation: times do not depend on the parameters' values."""
     found = []
     for name in dict.fromkeys(setting.network for setting in chosen):
         problem = Setting(name, NETWORKS[name].batch).draw(0)
