@@ -1,11 +1,12 @@
 """Streaming actor-critic on CartPole: how large may the step size be?
 
 One network for the policy and one for the values, 64-64 tanh each, learn from one transition at a time:
-batch 1, no replay, no target network, the setting in which large steps are most harmful. Both are trained
-by ``AdaHesScale``, with and without step-size scaling (``HesScaleStep``), for several step sizes and seeds.
+batch 1, no replay, no target network, the setting in which large steps are most harmful. Both are
+trained by ``AdaHesScale``, with and without step-size scaling (``HesScaleStep``), for several step
+sizes and seeds.
 
-Run it with ``python examples/actor_critic.py --out out``; it needs no download. Three minutes on two cores,
-``--quick`` a few seconds.
+Run it with ``python examples/actor_critic.py --out out``; it needs no download. Three minutes on two
+cores, ``--quick`` a few seconds.
 """
 
 import argparse

@@ -31,7 +31,7 @@ SELECTIONS = (
         "TakeBackward0",
         "MaskedSelectBackward0",
     ),
-    *("IndexPutBackward0", "IndexAddBackward0", "IndexCopyBackward0", "IndexFillBackward0"),
+    *("IndexPutBackward0", "IndexCopyBackward0", "IndexFillBackward0"),
     *("ScatterBackward0", "ScatterAddBackward0", "SelectScatterBackward0", "SliceScatterBackward0"),
     *(
         "MaskedFillBackward0",
@@ -46,6 +46,8 @@ SELECTIONS = (
     *("ReflectionPad1DBackward0", "ReflectionPad2DBackward0", "ReflectionPad3DBackward0"),
     *("ReplicationPad1DBackward0", "ReplicationPad2DBackward0", "ReplicationPad3DBackward0"),
     *("UpsampleNearest1DBackward0", "UpsampleNearest2DBackward0", "UpsampleNearest3DBackward0"),
+    *("UpsampleNearestExact1DBackward0", "UpsampleNearestExact2DBackward0"),
+    *("UpsampleNearestExact3DBackward0", "CummaxBackward0", "CumminBackward0", "ModeBackward0"),
     *("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1"),
     *("ClampMaxBackward0", "ClampMaxBackward1", "MedianBackward0"),
     *("RepeatInterleaveBackward0", "SignBackward0", "FloorBackward0", "CeilBackward0"),
@@ -70,14 +72,16 @@ IDENTITIES = (
         "LiftFreshBackward0",
     ),
     *("NegBackward0", "ViewAsBackward0", "BackwardHookFunctionBackward", "AddBackward1", "SubBackward1"),
-    *("torch::autograd::CopyBackwards", "DetachBackward0", "AddBackward2"),
+    *("torch::autograd::CopyBackwards", "DetachBackward0", "AddBackward2", "FracBackward0"),
 )
 
-# Operations of which every input entry feeds one output entry at most, with any factor.
+# Operations of which every input entry feeds one output entry at most, with a factor that does not
+# depend on it.
 MANY_TO_ONE = (
     *("MaximumBackward0", "MinimumBackward0", "FmaxBackward0", "FminBackward0", "AmaxBackward0"),
     *("AminBackward0", "MaxBackward1", "MinBackward1", "NanmeanBackward0", "NansumBackward0"),
-    *("RsubBackward1", "SumToSizeBackward0"),
+    *("RsubBackward1", "SumToSizeBackward0", "ScatterReduceBackward0", "IndexReduceBackward0"),
+    *("ProdBackward0", "ProdBackward1", "LinalgDetBackward0"),
 )
 
 
@@ -120,6 +124,12 @@ def gather(step: Step) -> Diagonals:
     """Cross a gather: h goes where the entries came from."""
     n, (h,) = step.node, step.h
     return (h.new_zeros(n._saved_self.shape).scatter_add_(signed(n._saved_dim), n._saved_index, h),)
+
+
+def index_add(step: Step) -> Diagonals:
+    """Cross ``a`` to which ``alpha b`` is added in some places."""
+    moved, alpha = call(step.node, step.h), step.node._saved_alpha
+    return moved[0], None if moved[1] is None else moved[1] * alpha
 
 
 def product(step: Step) -> Diagonals:
@@ -222,7 +232,7 @@ def addmv(step: Step) -> Diagonals:
     if need[1]:
         out[1] = h[:, None] * step.saved("vec").square()
     if need[2]:
-        out[2] = step.saved("self").square().T @ h
+        out[2] = step.saved("mat").square().T @ h
     return out
 
 
