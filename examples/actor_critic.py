@@ -237,9 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, lr in settings:
         ends = at_the_end(curves[name, lr])
         share = f"{shortened[name, lr]:.0%}" if name.endswith("scaled") else "-"
-        print(
-            f"  {name:20}  {lr:>6g}  {ends.mean():6.1f}  {ends.std():5.1f}  {ends.min():6.1f}  {share:>15}"
-        )
+        figures = f"{ends.mean():6.1f}  {ends.std():5.1f}  {ends.min():6.1f}"
+        print(f"  {name:20}  {lr:>6g}  {figures}  {share:>15}")
     print(f"\nPlot:\n  {draw(curves, args)}")
 
 
