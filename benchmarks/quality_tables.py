@@ -10,7 +10,6 @@ from benchmarks.estimators import EXTENSIONS, HESSCALE, HUTCHINSON, SAMPLED_GGN
 from benchmarks.quality_problems import LARGE
 
 SAMPLED = (HUTCHINSON, SAMPLED_GGN)
-ANCHORS = 5  # columns of the first table; the others are of further networks
 _SUM = "sum ``|estimate - H|`` / sum ``|H|``"
 
 
@@ -25,7 +24,7 @@ def text(problem: dict) -> str:
     over = f"{problem['entries']} of {problem['parameters']} parameters"
     lines = [f"{problem['title']}: {problem['about']}; {over}, {problem['seeds']} seeds"]
     for row in problem["rows"]:
-        name = row["name"] + (f", {row['samples']} samples" if row["samples"] else "")
+        name = row["name"] + (f", {row['samples']} sample(s)" if row["samples"] else "")
         cell = _spread(row).ljust(14)
         lines.append(f"{name:34}{cell}without the last layer {number(row['inner'])}")
     return "\n".join(lines)
@@ -52,7 +51,7 @@ def rst(found: dict) -> str:
     first = [p for p in problems if p["network"] in ("tanh", "relu")]
     others = [p for p in problems if p not in first]
     title = f"{_SUM}, mean ± standard deviation over {found['seeds']} seeds"
-    parts = [(title, first), (f"The same, {_names(others)}", others)]
+    parts = [(title, first), ("The same for further networks", others)]
     return "\n\n".join(_list_table(head, _errors(part, found)) for head, part in parts if part)
 
 
@@ -104,11 +103,6 @@ def _errors_at_equal_time(problem: dict, entry: dict) -> str:
 def _quartiles(values: Sequence[float]) -> str:
     low, middle, high = values
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _names(problems: Sequence[dict]) -> str:
-    abouts = dict.fromkeys(f"{p['title'].split(' N=')[0]}: {p['about']}" for p in problems)
-    return ". ".join(abouts)
 
 
 def _errors(problems: Sequence[dict], found: dict) -> list[list[str]]:
