@@ -242,8 +242,8 @@ class BackwardPass(Receiver):
                     f"{what} needs more of a loss than attach_diagonal says. Tie the value to a "
                     "loss module with backpack_ext.attach_loss."
                 )
-        for edge, _ in call.seeds if self.layers else ():
-            self.output(edge.node, grad)
+        if self.layers:
+            self.output(torch._C._current_autograd_node(), grad)
         self._start_diagonals(call, grad)
 
     def _start_diagonals(self, call: LossCall | KnownDiagonal, grad: Tensor) -> None:

@@ -523,7 +523,7 @@ class Recursion:
         given, shape = h.shape, p.shape
         if given != shape:
             if len(shape) == 1 and len(given) == 2 and given[1] == shape[0]:  # a bias; faster
-                h = h.view(shape) if given[0] == 1 and h.is_contiguous() else h.sum(0)
+                h = h.squeeze(0) if given[0] == 1 else h.sum(0)
             else:
                 h = h.sum_to_size(shape)
         old = self.results.get(id(p))
