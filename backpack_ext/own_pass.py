@@ -36,6 +36,12 @@ def in_a_pass_of_its_own(run: Callable[[], T]) -> T:
     even if we call them.
     """
     results: list[T] = []
+    with_graph = torch.is_grad_enabled()
+
+    def run_as_outside() -> T:
+        with torch.set_grad_enabled(with_graph):
+            return run()
+
     with torch.enable_grad():
-        _Run.apply(_START, run, results).backward()
+        _Run.apply(_START, run_as_outside, results).backward()
     return results[0]

@@ -353,9 +353,8 @@ class Recursion:
             if op.inside:
                 continue
             if op.rule is None:
-                name = op.name
-                check_known(name)
-                self.warn(name)
+                check_known(op.node)
+                self.warn(op.name)
             if not self.hooked and _has_hooks(op.node):
                 self.hooked = True
             if not self.gauss_newton:
@@ -550,6 +549,8 @@ def _has_hooks(node: Node) -> bool:
         names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
     for name in names:
         raw = getattr(node, name)
-        if raw is not None and not isinstance(raw, (list, tuple)):
+        if isinstance(raw, (list, tuple)):  # of a custom autograd.Function, for instance
+            raw = next((r for r in raw if r is not None), None)
+        if raw is not None:
             return getattr(raw, "unpack_hook", None) is not None
     return False
