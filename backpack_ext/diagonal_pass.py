@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.diagonals.recursion import Recursion
+from backpack_ext.diagonals.unknown import complex_numbers
 from backpack_ext.errors import RecordingError
 from backpack_ext.hesscale import DiagonalHessian
 from backpack_ext.loss_call import KnownDiagonal, LossCall
@@ -78,6 +79,8 @@ class DiagonalPass:
             return self.per_datum.finish(self.ext, multiplier)
         results, seen = self.recursion.results, set()
         for key, (p, h) in results.items():
+            if h.is_complex() or p.is_complex():
+                raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
             address = h.data_ptr()
             # two parameters that are added up share what arrives at the sum
             if not h.is_contiguous() or (address in seen and h.numel()):

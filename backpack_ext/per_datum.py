@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.autograd.graph import Node
 from backpack_ext.bare import RouteVectors
 from backpack_ext.diagonals.recursion import Recursion
 from backpack_ext.diagonals.rule import Diagonals, Step, call, rule_of
-from backpack_ext.diagonals.unknown import by_signs
+from backpack_ext.diagonals.unknown import by_signs, complex_numbers
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Capture
@@ -36,11 +37,12 @@ class PerDatum:
         self.places: dict[Node, list[tuple[Site, Capture]]] = {}
         self.known: set[Site] = set()
         self.h: dict[Site, Tensor] = {}
-        self.recursion: Recursion | None = None
+        # weak, because the recursion holds `observe`
+        self._recursion: Callable[[], Recursion | None] = lambda: None
 
     def prepare(self, recursion: Recursion) -> None:
         """Look where to take h, before a recursion starts or goes on."""
-        self.recursion = recursion
+        self._recursion = weakref.ref(recursion)
         for site, captures in self.sites.items():
             if site in self.known:
                 continue
@@ -75,6 +77,8 @@ class PerDatum:
             if site.error is not None:
                 continue  # its parameters are treated as outside of layers, or reported
             if site in self.h:
+                if self.h[site].is_complex():
+                    raise complex_numbers(f"what reads {site.label}")
                 pending.shared.append((site, self.h[site] / multiplier))
             elif any(self._is_passed_over(capture.edge.node) for capture in self.sites[site]):
                 raise UnsupportedError(
@@ -89,7 +93,7 @@ class PerDatum:
         return store
 
     def _is_passed_over(self, node: Node) -> bool:
-        return node in self.recursion.inside
+        return node in self._recursion().inside
 
     def _down(
         self, site: Site, node: Node, output: int, h: Tensor, g: Tensor | None, vectors: RouteVectors
@@ -153,6 +157,6 @@ class PerDatum:
             need[entry] = True
         rule, known = rule_of(node), any(g is not None for g in gs)
         step = Step(node, hs, gs if known else None, need)
-        recursion = self.recursion
+        recursion = self._recursion()
         crossed = by_signs(step, recursion.signs, recursion.refuse) if rule is None else rule.cross(step)
         return crossed, call(node, gs) if known else [None] * len(need)
