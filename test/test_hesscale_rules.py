@@ -623,6 +623,17 @@ REDUCING = {
     "3-norm, axes": function(lambda x: torch.linalg.vector_norm(x, 3, (0, -1), True), (2, 3, 4)),
     "norm": function(torch.norm, (3, 4)),
     "norm, as aten has it": function(lambda x: torch.ops.aten.norm.Scalar(x, 3), (3, 4)),
+    # torch's second derivative of the fused operation takes the norms for constants
+    **{
+        f"weight_norm, axis {dim}": function(
+            lambda v, g, dim=dim: torch._weight_norm(v, g, dim),
+            *((3, 2, 4), g),
+            reference=lambda v, g, axes=axes: g * v / v.square().sum(axes, keepdim=True).sqrt(),
+        )
+        for dim, g, axes in ((0, (3, 1, 1), (1, 2)), (2, (1, 1, 4), (0, 1)))
+    },
+    "vdot": function(torch.vdot, (4,), (4,)),
+    "diag": function(torch.diag, (3, 4)),
     "pairwise distance": function(F.pairwise_distance, (3, 4), (3, 4)),
     "var": function(lambda x: x.var(1), (3, 4)),
     "var, axes": function(lambda x: x.var((0, -1), correction=0, keepdim=True), (2, 3, 4)),

@@ -1,7 +1,11 @@
 """Hessian diagonals beside other extensions, in low precision, over processes and data sets."""
 
+import gc
+import warnings
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import backpack as their
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from backpack_ext import (
     BL89,
@@ -24,9 +29,13 @@ from backpack_ext import (
     attach_diagonal,
     backpack,
     extend,
+    register_activation,
+    register_diagonal_rule,
 )
 from backpack_ext.dataset import collect
+from backpack_ext.diagonals import ACTIVATIONS, RULES
 from backpack_ext.diagonals.recursion import Recursion
+from backpack_ext.diagonals.rule import found as rules_found
 
 CE = nn.CrossEntropyLoss
 
@@ -295,8 +304,6 @@ def test_wrong_use():
 
 
 def test_checkpoints_with_reentry_raise():
-    from torch.utils.checkpoint import checkpoint
-
     layer, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
     with pytest.raises(UnsupportedError, match="use_reentrant=False"), backpack(HesScale()):
         z = checkpoint(layer, x, use_reentrant=True)
@@ -336,3 +343,272 @@ def test_residual_nets_in_linear_time(options: dict, monkeypatch):
         counts.append(count[0])
     five, ten, twenty = counts
     assert twenty - ten == 2 * (ten - five)
+
+
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.first, self.fn, self.last = nn.Linear(6, 6), fn, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fn(self.first(x)))
+
+
+def diagonals(fn: Callable[[Tensor], Tensor], *exts: HesScale) -> dict:
+    """Those of a network with a function in between; the same numbers for each function."""
+    torch.manual_seed(0)
+    model, x, y = Between(fn), torch.randn(7, 6), torch.randint(3, (7,))
+    exts = exts or (HesScale(),)
+    with backpack(*exts):
+        extend(CE())(extend(model)(x), y).backward()
+    return fields(model, *(ext.savefield for ext in exts))
+
+
+# -- operations that cannot be crossed -------------------------------------------------------------
+
+COMPLEX = {
+    "abs of rfft": lambda z: torch.fft.rfft(z).abs().sum(1, keepdim=True) * z,
+    "real part of ifft": lambda z: torch.fft.ifft(torch.fft.fft(z)).real,
+    "times a complex number": lambda z: (z * (1 + 2j)).abs(),
+    "real part": lambda z: (z * torch.tensor(1 + 2j)).real,
+    "angle": lambda z: torch.complex(z, z.sin()).angle(),
+}
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", COMPLEX)
+@pytest.mark.filterwarnings("ignore:HesScale:UserWarning")
+def test_complex_numbers_are_refused(name: str, batch: bool):
+    with pytest.raises(UnsupportedError, match="complex"):
+        diagonals(COMPLEX[name], HesScale(batch=batch))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class OnceCube(Cube):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return Cube.backward(ctx, g)
+
+
+class HiddenCube(Cube):
+    """As of a kernel that autograd does not know."""
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.no_grad():
+            return Cube.backward(ctx, g)
+
+
+class Sign(torch.autograd.Function):
+    """Straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class TwoAndThree(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x, 3 * x
+
+    @staticmethod
+    def backward(ctx, g, h):
+        return 2 * g + 3 * h
+
+
+def cube(x: Tensor) -> Tensor:
+    return x**3
+
+
+@pytest.mark.filterwarnings("ignore:HesScale:UserWarning")
+def test_functions_of_ones_own(double):
+    close(diagonals(Cube.apply), diagonals(cube), 1e-12)
+    plain = diagonals(lambda z: z.sign().detach() + z - z.detach())
+    close(diagonals(Sign.apply), plain, 1e-12)
+    for kind in (OnceCube, HiddenCube):
+        with pytest.raises(UnsupportedError, match=f"{kind.__name__}Backward.*differentiated twice"):
+            diagonals(kind.apply)
+        gn = HesScale(gauss_newton=True)
+        close(diagonals(kind.apply, gn), diagonals(cube, gn), 1e-12)
+    close(diagonals(lambda z: TwoAndThree.apply(z)[1]), diagonals(lambda z: 3 * z), 1e-12)
+    both = diagonals(lambda z: torch.cat(TwoAndThree.apply(z), 1)[:, 3:9])
+    close(both, diagonals(lambda z: torch.cat((2 * z, 3 * z), 1)[:, 3:9]), 1e-12)
+
+
+@contextmanager
+def rules_restored():
+    """Forget afterwards what was registered."""
+    before = [(table, dict(table)) for table in (RULES, ACTIVATIONS)]
+    try:
+        yield
+    finally:
+        for table, content in before:
+            table.clear()
+            table.update(content)
+        rules_found.clear()
+
+
+def test_rules_of_ones_own(double):
+    def derivatives(node):
+        (x,) = node.saved_tensors
+        return 3 * x**2, 6 * x
+
+    with rules_restored(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register_activation("OnceCubeBackward", derivatives)
+        close(diagonals(OnceCube.apply), diagonals(cube), 1e-12)
+        with pytest.raises(ValueError, match="overwrite=True"):
+            register_activation("OnceCubeBackward", derivatives)
+        with pytest.raises(ValueError, match="overwrite=True"):
+            register_diagonal_rule("OnceCubeBackward")(lambda step: step.h)
+
+        @register_diagonal_rule("OnceCubeBackward", curved=False, overwrite=True)
+        def linear(step):
+            assert step.g is None
+            return [9 * step.node.saved_tensors[0] ** 4 * step.h[0]]
+
+        gn = HesScale(gauss_newton=True)
+        close(diagonals(OnceCube.apply, gn), diagonals(cube, gn), 1e-12)
+    with (
+        pytest.raises(UnsupportedError),
+        pytest.warns(UserWarning, match="OnceCubeBackward has no rule"),
+    ):
+        diagonals(OnceCube.apply)
+
+
+def test_compiled_models():
+    """What is compiled is one operation, of which only the backend "eager" shows the parts."""
+    model, x, y = problem("mlp")
+    for of in (model, extend(deepcopy(model))):
+        torch._dynamo.reset()
+        with pytest.raises(UnsupportedError, match=r"torch\.compile"), backpack(HesScale()):
+            extend(CE())(torch.compile(of, backend="aot_eager")(x), y).backward()
+    torch._dynamo.reset()
+
+
+# -- checkpoints, memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fn", [torch.tanh, torch.atan, lambda z: z * z.sigmoid(), Cube.apply])
+@pytest.mark.filterwarnings("ignore:HesScale:UserWarning")
+def test_checkpoints(fn: Callable[[Tensor], Tensor], double):
+    exts = HesScale(), HesScale(batch=True), HesScale(gauss_newton=True)
+    again = diagonals(lambda z: checkpoint(fn, z, use_reentrant=False), *exts)
+    close(again, diagonals(fn, *exts), 1e-12)
+
+
+def test_checkpointed_layers(double):
+    model, x, y = problem("block")
+    exts = HesScale(), HesScale(batch=True), BL89()
+    names, found = [ext.savefield for ext in exts], []
+    for forward in (extend(model), lambda x: checkpoint(model, x, use_reentrant=False)):
+        with backpack(*exts):
+            extend(CE())(forward(x), y).backward()
+        found.append(fields(model, *names))
+    close(found[1], found[0], 1e-12)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_nothing_piles_up(batch: bool):
+    """Over many passes with one extension: as many tensors as after the second."""
+    model, x, y = problem("block")
+    loss_fn, ext, counts = extend(CE()), HesScale(batch=batch), []
+    extend(model)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(12):
+            with backpack(ext):
+                loss_fn(model(x), y).backward()
+            counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(set(counts[2:])) == 1
+
+
+# -- torch's own modules ---------------------------------------------------------------------------
+
+PADDED = torch.arange(5) >= torch.tensor([5, 3, 4, 5])[:, None]
+FUTURE = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+
+class Reads(nn.Module):
+    """Reads the last step of what a module makes of a sequence."""
+
+    def __init__(self, body: nn.Module, how: Callable | None = None):
+        super().__init__()
+        self.body, self.how, self.head = body, how, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x) if self.how is None else self.how(self.body, x)
+        return self.head((z[0] if isinstance(z, tuple) else z)[:, 2])
+
+
+def attention(**options) -> nn.Module:
+    return nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+
+def block(kind: type[nn.Module], **options) -> nn.Module:
+    return kind(4, 2, 5, 0.0, batch_first=True, **options)
+
+
+ENCODER, DECODER = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+MASKS = {"src_key_padding_mask": PADDED, "src_mask": FUTURE}
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: Reads(nn.LSTM(4, 4, 2, batch_first=True)),
+    "LSTM, projected": lambda: Reads(nn.LSTM(4, 6, proj_size=4, batch_first=True)),
+    "GRU, both ways": lambda: Reads(nn.GRU(4, 2, batch_first=True, bidirectional=True)),
+    "RNN": lambda: Reads(nn.RNN(4, 4, nonlinearity="relu", batch_first=True)),
+    "encoder": lambda: Reads(block(ENCODER), lambda m, x: m(x, **MASKS)),
+    "encoder, norms first": lambda: Reads(block(ENCODER, norm_first=True), lambda m, x: m(x, **MASKS)),
+    "decoder": lambda: Reads(
+        block(DECODER), lambda m, x: m(x, x.sin(), tgt_mask=FUTURE, memory_key_padding_mask=PADDED)
+    ),
+    "attention": lambda: Reads(attention(), lambda m, x: m(x, x, x, key_padding_mask=PADDED)),
+    "attention, more keys": lambda: Reads(
+        attention(add_bias_kv=True, add_zero_attn=True), lambda m, x: m(x, x, x, attn_mask=FUTURE)
+    ),
+    "attention, sizes": lambda: Reads(
+        attention(kdim=3, vdim=2), lambda m, x: m(x, x[..., :3], x[..., :2])
+    ),
+    "weight norm": lambda: Reads(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_torch(name: str, double):
+    """No operation is unknown; the last layer is exact; results are those of each datum alone."""
+    torch.manual_seed(0)
+    model, x, y = MODULES[name](), torch.randn(4, 5, 4), torch.tensor([0, 1, 2, 0])
+    exts = (HesScale(on_curved_glue="raise"),)
+    if name != "weight norm":  # whose weight is no parameter
+        exts += (HesScale(batch=True),)
+    loss = CE()(model(x), y)
+    (g,) = torch.autograd.grad(loss, [model.head.bias], create_graph=True)
+    exact = [torch.autograd.grad(g[k], [model.head.bias], retain_graph=True)[0][k] for k in range(3)]
+    with warnings.catch_warnings(), backpack(*exts):
+        warnings.simplefilter("error", UserWarning)
+        extend(CE())(extend(model)(x), y).backward()
+    torch.testing.assert_close(model.head.bias.hesscale, torch.stack(exact))
+    for p in model.parameters():
+        assert p.hesscale.isfinite().all() and p.hesscale.any()
+        if len(exts) > 1:
+            torch.testing.assert_close(p.hesscale_batch.sum(0), p.hesscale)

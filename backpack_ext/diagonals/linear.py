@@ -239,8 +239,9 @@ def addmv(step: Step) -> Diagonals:
 def dot(step: Step) -> Diagonals:
     """Cross ``a . b``."""
     (h,), need = step.h, step.need
+    b = "other" if step.node.name() == "VdotBackward0" else "tensor"
     return (
-        h * step.saved("tensor").square() if need[0] else None,
+        h * step.saved(b).square() if need[0] else None,
         h * step.saved("self").square() if need[1] else None,
     )
 

@@ -166,6 +166,19 @@ def vector_norm(step: Step) -> Diagonals:
     return (out + torch.where(flat, 0, bend * g / r),)
 
 
+def weight_norm(step: Step) -> Diagonals:
+    """Cross ``w = g v / r``, where r is the Euclidean norm of each slice of v."""
+    n, need, v, r = step.node, step.need, step.saved("v"), step.saved("result1")
+    axes = tuple(a for a in range(v.dim()) if a != signed(n._saved_dim) % v.dim())
+    u, h = v / r, step.h[0]
+    size = prod(v.shape[a] for a in axes) ** 0.5
+    scaled = _scaled(step, step.saved("g") / size)
+    return (
+        root_mean_square(*scaled, u * size, size / r, axes) if need[0] else None,
+        (h * u * u).sum(axes, keepdim=True) if need[1] else None,
+    )
+
+
 def variance(step: Step) -> Diagonals:
     """Cross a variance of D entries, and their mean: ``(2 d / C)^2 h + 2 (1 - 1 / D) g / C``.
 

@@ -212,7 +212,7 @@ PIECEWISE_LINEAR: dict[str, Derivatives] = {
     "SoftshrinkBackward0": _shrink,
     "RreluWithNoiseBackward0": partial(_rrelu, "self"),
     "RreluWithNoiseBackward1": partial(_rrelu, "result"),
-    "AbsBackward0": partial(_of_input, lambda x: (x.sign(), None)),
+    "AbsBackward0": partial(_of_input, lambda x: (x.sgn(), None)),
 }
 
 # Those of them whose derivative is 0 or 1.

@@ -159,7 +159,11 @@ class Unpacking:
 def call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
     """Return an operation's vector-Jacobian product."""
     # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    function = node if callable(node) else node.apply
+    function = node
+    if not callable(node):
+        function = node.apply
+        if len(arguments) > 1:  # autograd hands zeros to it where there is no gradient
+            arguments = _materialized(node, arguments)
     for k, t in enumerate(arguments):
         if t is not None:
             dtype = node._input_metadata[k].dtype
@@ -167,6 +171,15 @@ def call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
                 _call(function, arguments) if t.dtype == dtype else _widely(function, arguments, dtype)
             )
     return _call(function, arguments)
+
+
+def _materialized(node: Node, arguments: Diagonals) -> Diagonals:
+    """Return the arguments with zeros where there is none."""
+    like = next(t for t in arguments if t is not None)
+    return [
+        like.new_zeros(to.shape) if t is None else t
+        for t, to in zip(arguments, node._input_metadata, strict=True)
+    ]
 
 
 def _call(function: Callable, arguments: Diagonals) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.context import SuspendBackpack
 from backpack_ext.diagonals.rule import Diagonals, Step, call
@@ -36,10 +36,21 @@ OPAQUE = {
 Signs = Callable[[Tensor], Tensor]
 
 
-def check_known(name: str) -> None:
-    """Raise if an operation cannot be crossed at all."""
+def check_known(node: Node) -> None:
+    """Raise if an operation without a rule cannot be crossed at all."""
+    name = node.name()
     if name in OPAQUE:
         raise UnsupportedError(f"No Hessian diagonal can cross {name} ({OPAQUE[name]}).")
+    if any(like.dtype.is_complex for like in node._input_metadata):
+        raise complex_numbers(name)
+
+
+def complex_numbers(where: str) -> UnsupportedError:
+    """Return the error for complex tensors."""
+    return UnsupportedError(
+        f"Hessian diagonals are those of functions of real numbers, but {where} computes with complex "
+        "ones. Write this part with real tensors, or detach() it from the parameters."
+    )
 
 
 def by_signs(step: Step, signs: Signs, refuse: bool) -> Diagonals:
@@ -56,6 +67,8 @@ def by_signs(step: Step, signs: Signs, refuse: bool) -> Diagonals:
         roots.append(root)
         others.append(None if h is None else root * h.sign())
     left, right = call(step.node, roots), call(step.node, others)
+    if any(t is not None and t.is_complex() for t in left):
+        raise complex_numbers(step.node.name())
     out = [None if a is None else a * b for a, b in zip(left, right, strict=True)]
     if step.g is not None:
         for k, more in enumerate(_curvature(step, signs, refuse)):
@@ -69,13 +82,19 @@ def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
     node = step.node
     out: list[Tensor | None] = []
     with torch.enable_grad(), silent(), SuspendBackpack():
-        moved = call(node, step.g)
+        # what does not depend on g either was computed in a way that autograd did not see
+        g = [None if g is None else g.detach().requires_grad_() for g in step.g]
+        moved = call(node, g)
         for k, (v, need) in enumerate(zip(moved, step.need, strict=True)):
             out.append(None)
-            if v is None or not need or not v.requires_grad:
+            if v is None or not need:
                 continue
             edge = GradientEdge(*node.next_functions[k])
             try:
+                if v.grad_fn is None or v.grad_fn.name() == "torch::autograd::Error":
+                    if all(v is not t for t in g) and v.any():
+                        raise RuntimeError("its backward is not differentiable")
+                    continue
                 u = signs(v)
                 (Hu,) = torch.autograd.grad([v], [edge], [u], retain_graph=True, allow_unused=True)
             except RuntimeError as error:
