@@ -388,6 +388,10 @@ def trained_batch(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 NORMALISATION = {
+    "normalize": function(F.normalize, (3, 4)),
+    "normalize, axis": function(lambda x: F.normalize(x, dim=0), (3, 2, 4)),
+    "normalize, small and large": function(lambda x: F.normalize(x, dim=-1, eps=2.0), (2, 4, 4)),
+    "x / norm(x)": function(lambda x: x / x.norm(dim=(0, 2), keepdim=True), (3, 2, 4)),
     "LayerNorm": layer(nn.LayerNorm, 5, on=(3, 5)),
     "LayerNorm, tokens": layer(nn.LayerNorm, 5, eps=0.1, on=(2, 3, 5)),
     "LayerNorm over two axes": layer(nn.LayerNorm, (2, 3), on=(4, 2, 3)),

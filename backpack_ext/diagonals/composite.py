@@ -1,12 +1,13 @@
 """Several operations that are crossed as one, because together they are exact.
 
 Crossing them one by one would drop the off-diagonals in between: those of ``x * sigmoid(x)``, where both
-factors depend on x, or of ``x * rsqrt(mean(x^2) + eps)``.
+factors depend on x, or of ``x * rsqrt(mean(x^2) + eps)`` and ``x / max(norm(x), eps)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.context import SuspendBackpack
-from backpack_ext.diagonals.norms import root_mean_square
+from backpack_ext.diagonals.norms import reduced_axes, root_mean_square
 from backpack_ext.diagonals.operation import gradient_edge, made, same, shape_of
 from backpack_ext.diagonals.pointwise import ACTIVATIONS, BY_AUTOGRAD, PIECEWISE_LINEAR
 from backpack_ext.diagonals.rule import Step, crossed, signed
@@ -80,7 +81,7 @@ def composite_of(op: Operation, open_too: bool) -> Composite | None:
     inputs = [edge for edge in op.inputs if edge is not None]
     if len(inputs) < 2:
         return None
-    found = _elementwise(op, inputs) or _root_mean_square(op, name)
+    found = _elementwise(op, inputs) or _root_mean_square(op, name) or _unit_vectors(op, name)
     return found if found is not None and (open_too or _closed(op, found.inside)) else None
 
 
@@ -191,5 +192,41 @@ def _of_root_mean_square(
         rrms = r if name == "RsqrtBackward0" else 1 / r
         x = step.saved("self") if place == 0 else step.saved("other")
         return root_mean_square(step.h[0], step.gradient, x * rrms, rrms, axes)
+
+    return cross
+
+
+def _unit_vectors(op: Operation, name: str) -> Composite | None:
+    """Find ``x / max(norm(x), eps)``, as in ``F.normalize``, and ``x / norm(x)``."""
+    if name != "DivBackward0":
+        return None
+    start, edge = op.inputs
+    inside, eps = [], 0.0
+    for names in (("ExpandBackward0",), ("ClampMinBackward0",), ("LinalgVectorNormBackward0",)):
+        if edge is None or edge[1] < 0:
+            return None
+        if edge[0].name in names:
+            inside.append(edge[0])
+            edge = edge[0].inputs[0]
+    last = inside[-1].node if inside else None
+    if last is None or last.name() not in names or not same(edge, start):
+        return None
+    if last._saved_ord != 2 or not last._saved_keepdim or op.shape(0) != shape_of(start):
+        return None
+    for o in inside:
+        if o.name == "ClampMinBackward0":
+            eps = float(o.node._saved_min)
+    return Composite(_of_unit_vectors(last, eps), start, tuple(inside))
+
+
+def _of_unit_vectors(norm: Node, eps: float) -> Callable[[Step], Tensor]:
+    def cross(step: Step) -> Tensor:
+        r, x, g = norm._saved_result.to(step.dtype), step.saved("self"), step.gradient
+        axes = reduced_axes(norm, x.dim())
+        D = prod(x.shape[a] for a in axes)
+        v = None if g is None else g / D**0.5
+        rrms = D**0.5 / r
+        h = root_mean_square(step.h[0] / D, v, x * rrms, rrms, axes)
+        return torch.where(r < eps, step.h[0] / eps**2, h) if eps else h
 
     return cross

@@ -208,7 +208,7 @@ def deviation(step: Step) -> Diagonals:
 
 def _distance(n: Node, x: Tensor) -> tuple[Tensor, int, float]:
     """Return the distance from the mean, and by how many entries sums are divided: D and C."""
-    axes = _axes(n, x.dim())
+    axes = reduced_axes(n, x.dim())
     D, correction = prod(x.shape[a] for a in axes), n._saved_correction
     return x - x.mean(axes, keepdim=True), D, D - (1 if correction is None else float(correction))
 
@@ -219,7 +219,7 @@ def _moments(step: Step, dims: int) -> list[Tensor | None]:
     return _kept(step, dims, step.h[0], g, step.h[1] if len(step.h) > 1 else None)
 
 
-def _axes(n: Node, dims: int) -> list[int]:
+def reduced_axes(n: Node, dims: int) -> list[int]:
     """Return the axes of a reduction; by default all."""
     axes = getattr(n, "_saved_dim", None)
     return sorted(a % dims for a in map(signed, axes)) if axes else list(range(dims))
@@ -231,7 +231,7 @@ def _kept(step: Step, dims: int, *tensors: Tensor | None) -> list[Tensor | None]
         return [*tensors]
     out = []
     for t in tensors:
-        for a in _axes(step.node, dims) if t is not None else ():
+        for a in reduced_axes(step.node, dims) if t is not None else ():
             t = t.unsqueeze(a)
         out.append(t)
     return out
