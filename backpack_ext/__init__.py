@@ -8,6 +8,7 @@
     B, A = model.head.weight.kfac
 """
 
+from backpack_ext import policy
 from backpack_ext.attach import attach_diagonal, attach_loss
 from backpack_ext.context import backpack
 from backpack_ext.diagonals import register_activation, register_diagonal_rule
@@ -25,6 +26,7 @@ from backpack_ext.first_order import (
 from backpack_ext.ggn import DiagGGN
 from backpack_ext.hesscale import BL89, HesScale
 from backpack_ext.kfac import KFAC
+from backpack_ext.loss_diagonal import loss_diagonal
 from backpack_ext.rules import Rule, register_rule
 from backpack_ext.sharing import sharing
 
@@ -47,6 +49,8 @@ __all__ = [
     "attach_loss",
     "backpack",
     "extend",
+    "loss_diagonal",
+    "policy",
     "register_activation",
     "register_diagonal_rule",
     "register_rule",
