@@ -6,7 +6,7 @@ updates. Every update is one backward pass of three losses, whose Hessian diagon
 ``backpack_ext.policy``. Step-size scaling, ``optim.HesScaleStep``, shortens a step if the diagonal
 predicts too large a change.
 
-Run it with ``python examples/actor_critic.py --out out``.
+Run it with ``python examples/actor_critic.py --out out``; it takes about three minutes on two cores.
 """
 
 import argparse
@@ -36,6 +36,7 @@ OPTIMIZERS = ("Adam", "AdaHesScale", "AdaHesScale, scaled")
 ENVIRONMENTS, LENGTH = 8, 8  # environments, and their steps between updates
 GAMMA, LAMBDA = 0.99, 0.95  # discount, and decay of generalized advantage estimates
 POINTS = 30  # of a learning curve
+FIRST_SEED = 100  # the defaults were chosen by runs with smaller ones
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
     parser.add_argument("--environment", default="CartPole-v1", help="name of a discrete environment")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
-    parser.add_argument("--delta", type=float, default=0.01, help="bound of the step-size scaling")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--delta", type=float, default=1e-3, help="bound of the step-size scaling")
     parser.add_argument("--seeds", type=int, default=5, help="runs per setting")
     parser.add_argument("--steps", type=int, default=40_000, help="environment steps per run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [
         Run(args.environment, name, lr, args.delta, seed, args.steps)
         for name, lr in settings
-        for seed in range(args.seeds)
+        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)
     ]
     found = list(tqdm(train_all(runs, args.jobs), total=len(runs), desc="training", unit="run"))
     curves, shortened = (np.array(part) for part in zip(*found, strict=True))
@@ -237,9 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, lr in settings:
         ends = at_the_end(curves[name, lr])
         share = f"{shortened[name, lr]:.0%}" if name.endswith("scaled") else "-"
-        print(
-            f"  {name:20}  {lr:>6g}  {ends.mean():6.1f}  {ends.std():5.1f}  {ends.min():6.1f}  {share:>15}"
-        )
+        cells = f"{ends.mean():6.1f}  {ends.std():5.1f}  {ends.min():6.1f}  {share:>15}"
+        print(f"  {name:20}  {lr:>6g}  {cells}")
     print(f"\nPlot:\n  {draw(curves, args)}")
 
 
