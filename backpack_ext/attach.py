@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,16 +73,16 @@ def attach_loss(
 
 def tie(value: Tensor, call: LossCall) -> None:
     """Have a backward pass that reaches a loss's value know what it is."""
-    _hook(value, partial(on_loss, call))
+    _hook(value, on_loss, call)
 
 
-def _hook(value: Tensor, react: Callable[[Tensor], None]) -> None:
+def _hook(value: Tensor, react: Callable, call: LossCall | KnownDiagonal) -> None:
     """Have a function called with the gradient at a tensor; cheaper than a hook on the tensor."""
     place = value.output_nr
 
     def arrive(grads: tuple[Tensor | None, ...]) -> None:
         if grads[place] is not None:
-            react(grads[place])
+            react(call, grads[place])
 
     value.grad_fn.register_prehook(arrive)
 
@@ -135,5 +134,5 @@ def attach_diagonal(
         raise ValueError(f"attach_diagonal: outputs of shapes {shapes[0]}, diagonals of {shapes[1]}.")
     if tying():
         seeds = [(edge_of(z), h.detach()) for z, h in zip(outputs, diagonals, strict=True)]
-        _hook(value, partial(on_diagonal, KnownDiagonal(seeds)))
+        _hook(value, on_diagonal, KnownDiagonal(seeds))
     return value

@@ -76,14 +76,14 @@ class DiagonalPass:
         self.recursion.end()
         if self.per_datum is not None:
             return self.per_datum.finish(self.ext, multiplier)
-        results, seen = {}, set()
-        for p, h in self.recursion.results.values():
+        results, seen = self.recursion.results, set()
+        for key, (p, h) in results.items():
             address = h.data_ptr()
             # two parameters that are added up share what arrives at the sum
             if not h.is_contiguous() or (address in seen and h.numel()):
                 h = h.clone(memory_format=torch.contiguous_format)
             seen.add(address)
-            results[p] = h if multiplier == 1 else h / multiplier
+            results[key] = p, h if multiplier == 1 else h / multiplier
         return results
 
 

@@ -242,8 +242,8 @@ class BackwardPass(Receiver):
                     f"{what} needs more of a loss than attach_diagonal says. Tie the value to a "
                     "loss module with backpack_ext.attach_loss."
                 )
-        for edge, _ in call.seeds if self.layers else ():
-            self.output(edge.node, grad)
+        if self.layers:
+            self.output(torch._C._current_autograd_node(), grad)
         self._start_diagonals(call, grad)
 
     def _start_diagonals(self, call: LossCall | KnownDiagonal, grad: Tensor) -> None:
@@ -392,7 +392,10 @@ class BackwardPass(Receiver):
                     "to a loss with backpack_ext.attach_loss."
                 )
         for ext in self.diagonals:
-            known = self.passes[ext].recursion.operations if ext in self.passes else {}
+            known: Collection[Node] = ()
+            if ext in self.passes:
+                recursion = self.passes[ext].recursion
+                known = recursion.operations.keys() | recursion.passed
             for node in self.outputs:
                 if node not in known and (p := parameter_behind(node, known)) is not None:
                     raise RecordingError(

@@ -26,6 +26,7 @@ class DiagonalHessian(Extension):
         cross_terms: Whether additions get their cross terms.
         generator: Random generator for signs.
         savefield: Attribute of the parameters that receives the result.
+        unsupported: What to do about parameters whose data cannot be told apart, with ``batch``.
     """
 
     vectors = Vectors("diagonal")
@@ -43,6 +44,7 @@ class DiagonalHessian(Extension):
         cross_terms: bool,
         generator: torch.Generator | None,
         savefield: str | None,
+        unsupported: str,
     ):
         if on_curved_glue not in ON_CURVED_GLUE:
             raise ValueError(
@@ -50,7 +52,7 @@ class DiagonalHessian(Extension):
                 f"{ON_CURVED_GLUE}."
             )
         name += ("_gn" if gauss_newton else "") + ("_batch" if batch else "")
-        super().__init__(savefield or name, generator=generator)
+        super().__init__(savefield or name, unsupported, generator)
         self.gauss_newton, self.batch, self.cross_terms = gauss_newton, batch, cross_terms
         self.refuses_curved_glue = on_curved_glue == "raise"
         self.needs_layers = self.needs_independent_samples = batch
@@ -92,19 +94,19 @@ class DiagonalHessian(Extension):
         """Add the per-datum diagonals of one layer: ``unit.cotangents`` hold h."""
         for role, p in unit.parameters.items():
             h = _per_datum(unit, role)
-            store[p] = h if p not in store else store[p] + h
+            store[id(p)] = p, h if id(p) not in store else store[id(p)][1] + h
 
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the diagonals."""
-        return list(store.items())
+        return list(store.values())
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add the diagonals of a batch, or put its data beside the others."""
-        for p, h in store.items():
+        for key, (p, h) in store.items():
             h = h * weight
-            if p in total:
-                h = torch.cat((total[p], h)) if self.batch else total[p] + h
-            total[p] = h
+            if key in total:
+                h = torch.cat((total[key][1], h)) if self.batch else total[key][1] + h
+            total[key] = p, h
 
 
 def _per_datum(unit: Unit, role: str) -> Tensor:
@@ -151,6 +153,8 @@ class HesScale(DiagonalHessian):
             each residual branch.
         generator: Random generator for signs; a private one by default.
         savefield: Attribute of the parameters that receives the result.
+        unsupported: With ``batch``, what to do about parameters whose data cannot be told apart:
+            ``"raise"``, ``"warn"`` or ``"skip"``. Sums over the batch cover all parameters.
 
     Raises:
         ValueError: If ``on_curved_glue`` is neither of the two.
@@ -178,10 +182,10 @@ class HesScale(DiagonalHessian):
         cross_terms: bool = False,
         generator: torch.Generator | None = None,
         savefield: str | None = None,
+        unsupported: str = "raise",
     ):
-        super().__init__(
-            "hesscale", gauss_newton, batch, on_curved_glue, cross_terms, generator, savefield
-        )
+        options = (on_curved_glue, cross_terms, generator, savefield, unsupported)
+        super().__init__("hesscale", gauss_newton, batch, *options)
         self.exact_penultimate = exact_penultimate
 
 
@@ -198,6 +202,8 @@ class BL89(DiagonalHessian):
         on_curved_glue: As in `HesScale`.
         generator: Random generator for signs; a private one by default.
         savefield: Attribute of the parameters that receives the result.
+        unsupported: With ``batch``, what to do about parameters whose data cannot be told apart:
+            ``"raise"``, ``"warn"`` or ``"skip"``. Sums over the batch cover all parameters.
 
     Raises:
         ValueError: If ``on_curved_glue`` is neither ``"estimate"`` nor ``"raise"``.
@@ -216,5 +222,7 @@ class BL89(DiagonalHessian):
         on_curved_glue: str = "estimate",
         generator: torch.Generator | None = None,
         savefield: str | None = None,
+        unsupported: str = "raise",
     ):
-        super().__init__("bl89", gauss_newton, batch, on_curved_glue, False, generator, savefield)
+        options = (on_curved_glue, False, generator, savefield, unsupported)
+        super().__init__("bl89", gauss_newton, batch, *options)

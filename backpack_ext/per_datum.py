@@ -72,6 +72,8 @@ class PerDatum:
         """Return what the extension makes of it."""
         store, pending = {}, Pending()
         for site in self.sites:
+            if site.error is not None:
+                continue  # its parameters are treated as outside of layers, or reported
             if site in self.h:
                 pending.shared.append((site, self.h[site] / multiplier))
             elif any(self._is_passed_over(capture.edge.node) for capture in self.sites[site]):

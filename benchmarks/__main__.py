@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.models import PROBLEMS
+from benchmarks.models import DIAGONALS, PROBLEMS
 from benchmarks.rows import ROWS, Row
 from benchmarks.suite import Settings, measure
 
@@ -69,7 +69,9 @@ def _run(args: argparse.Namespace) -> dict:
         result = measure(PROBLEMS[name](args.device), _rows(args.rows), settings)
         found["problems"].append(result)
         print(report.text(result), end="\n\n", flush=True)
-    print(report.rst(found), report.rst(found, "memory"), sep="\n\n", end="\n\n")
+    for what in ("time", "memory"):
+        print(report.rst(found, what, DIAGONALS, False), end="\n\n")
+        print(report.rst(found, what, DIAGONALS, True), end="\n\n")
     suffix = "" if args.length == "default" else f"-{args.length}"
     path = args.out / f"{args.name or args.device.replace(':', '-') + suffix}.json"
     report.write(found, path)

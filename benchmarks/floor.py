@@ -90,6 +90,17 @@ class ConvInput:
         return lambda: nn.grad.conv2d_input(size, weight, g, stride=self.stride, padding=self.padding)
 
 
+@dataclass(frozen=True)
+class ConvWeight(ConvInput):
+    """The vector-Jacobian product of a convolution with respect to its weight."""
+
+    def prepare(self, operands: Operands) -> Callable[[], Tensor]:
+        """Return a function that computes the product."""
+        g, x = operands(self.batch, *self.out_shape), operands(self.batch, *self.in_shape)
+        size, options = self.weight_shape, {"stride": self.stride, "padding": self.padding}
+        return lambda: nn.grad.conv2d_weight(x, size, g, **options)
+
+
 Product = MatMul | ConvInput
 
 
@@ -121,6 +132,13 @@ class Layer:
             return [MatMul(1, V * self.N * self.S, self.o, self.i)]
         c = self.conv
         return [ConvInput(c.in_shape, c.out_shape, c.weight_shape, c.stride, c.padding, V * self.N)]
+
+    def weight_product(self) -> list[Product]:
+        """Contract inputs with vectors, summed over data and positions, as the gradient does."""
+        if self.conv is None:
+            return [MatMul(1, self.o, self.N * self.S, self.i, "tn")]
+        c = self.conv
+        return [ConvWeight(c.in_shape, c.out_shape, c.weight_shape, c.stride, c.padding, self.N)]
 
     def factors(self, approx: str, V: int) -> list[Product]:
         """Form A and B of KFAC-expand or KFAC-reduce."""

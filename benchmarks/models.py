@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 CLASSES = 10
 
+# Words in the names of rows that measure Hessian diagonals.
+DIAGONALS = ("HesScale", "BL89")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,6 +28,7 @@ class Problem:
         x: The inputs, ``[N, ...]``.
         y: The labels, ``[N]``.
         sequential: Whether BackPACK's extensions can treat the model.
+        rows: Words of which a row's name must have one to be measured; empty: all rows.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Problem:
     x: Tensor
     y: Tensor
     sequential: bool = True
+    rows: tuple[str, ...] = ()
 
 
 class SelfAttention(nn.Module):
@@ -155,6 +160,18 @@ def _mlp() -> nn.Module:
     )
 
 
+def _tanh() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(784, 512), nn.Tanh()),
+        *(nn.Linear(512, 512), nn.Tanh()),
+        nn.Linear(512, CLASSES),
+    )
+
+
+def _control() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+
+
 def _cnn() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -170,7 +187,14 @@ def _tiny() -> nn.Module:
 
 
 def _problem(
-    name: str, title: str, about: str, model: Callable, shape: tuple, sequential: bool = True
+    name: str,
+    title: str,
+    about: str,
+    model: Callable,
+    shape: tuple,
+    sequential: bool = True,
+    classes: int = CLASSES,
+    rows: tuple[str, ...] = (),
 ) -> Callable[[str], Problem]:
     """Return a factory: ``factory(device)`` draws parameters and data from a fixed seed."""
 
@@ -178,8 +202,8 @@ def _problem(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net, x = model().to(device), torch.rand(shape).to(device)
-            y = torch.randint(CLASSES, shape[:1]).to(device)
-        return Problem(name, title, about, net, x, y, sequential)
+            y = torch.randint(classes, shape[:1]).to(device)
+        return Problem(name, title, about, net, x, y, sequential, rows)
 
     return make
 
@@ -197,6 +221,21 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "tiny": _problem(
         *("tiny", "41 tiny layers", "41 linear layers of width 32, ReLU, batch 8: pure overhead"),
         *(_tiny, (8, 32)),
+    ),
+    "tanh": _problem(
+        *("tanh", "tanh MLP", "MLP 784-512-512-10, tanh, batch 128", _tanh, (128, 784)),
+        rows=DIAGONALS,
+    ),
+    "control": _problem(
+        *(
+            "control",
+            "control",
+            "MLP 4-64-64-2, tanh, batch 1: reinforcement learning",
+            _control,
+            (1, 4),
+        ),
+        classes=2,
+        rows=DIAGONALS,
     ),
 }
 

@@ -88,18 +88,26 @@ def describe(about: dict) -> str:
 # --------------------------------------------------------------------------- reStructuredText
 
 
-def rst(report: dict, what: str = "time") -> str:
+def rst(report: dict, what: str = "time", words: tuple[str, ...] = (), having: bool = False) -> str:
     """Return a table for the README: one row per extension, one column per problem.
 
     Args:
         report: What `write` stores.
         what: ``"time"``, cells ``ours (BackPACK; floor)``, or ``"memory"``, ``ours (BackPACK)``.
+        words: Words to choose rows by.
+        having: Whether those rows are wanted whose names have one of the words, or the others.
 
     Returns:
         A simple table in reStructuredText, of medians relative to a plain step.
     """
     cell = {"time": _time_cell, "memory": _memory_cell}[what]
-    problems = report["problems"]
+    problems = [
+        problem | {"rows": rows}
+        for problem in report["problems"]
+        if (rows := [r for r in problem["rows"] if any(w in r["name"] for w in words) == having])
+    ]
+    if not problems:
+        return ""
     head = (f"{what} / plain step", *(p["title"] for p in problems))
     names = list(dict.fromkeys(row["name"] for p in problems for row in p["rows"]))
     lines = [head]

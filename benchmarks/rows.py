@@ -9,11 +9,13 @@ import torch
 from backpack import extensions as theirs
 
 from backpack_ext import (
+    BL89,
     KFAC,
     BatchDotGrad,
     BatchGrad,
     BatchL2Grad,
     DiagGGN,
+    HesScale,
     SumGradSquared,
     Variance,
 )
@@ -30,6 +32,7 @@ class Row:
         theirs: Returns BackPACK's extensions for the same quantity; None where it has none.
         products: The matrix products needed beyond a plain step.
         context: Whether the step runs inside a ``backpack(...)`` block.
+        extended: Whether the model has to be extended, beside the loss.
     """
 
     name: str
@@ -37,6 +40,12 @@ class Row:
     theirs: Callable[[], list] | None
     products: Callable[[Shapes], list[Product]]
     context: bool = True
+    extended: bool = True
+
+
+def _diagonals(shapes: Shapes) -> list[Product]:
+    """Carry h to the first layer's output, and contract it with the squared inputs."""
+    return shapes.sweep(1) + shapes.each("weight_product")
 
 
 def _several(device: str) -> list:
@@ -131,6 +140,9 @@ ROWS: tuple[Row, ...] = (
         lambda: [theirs.KFAC(mc_samples=1), theirs.BatchL2Grad(), theirs.DiagGGNMC(mc_samples=1)],
         lambda s: s.sweep(1) + s.each("factors", "expand", 1) + s.each("norms") + s.each("square_sum"),
     ),
+    Row("HesScale", lambda device: [HesScale()], None, _diagonals, extended=False),
+    Row("HesScale-GN", lambda device: [HesScale(True)], None, _diagonals, extended=False),
+    Row("BL89", lambda device: [BL89()], None, _diagonals, extended=False),
     Row("backpack() with nothing", lambda device: [], lambda: [], lambda s: []),
     Row("extended, no context", lambda device: [], lambda: [], lambda s: [], context=False),
 )

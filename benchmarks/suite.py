@@ -53,6 +53,8 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         A dictionary for JSON: times are quartiles ``[lower, median, upper]`` of ratios to the plain
         step of the same round, memory is the ratio of peaks.
     """
+    if problem.rows:
+        rows = [row for row in rows if any(word in row.name for word in problem.rows)]
     steps = _steps(problem, rows, settings.device)
     products = _products(problem, rows)
     variants = steps | _floors(products, settings.device)
@@ -103,10 +105,12 @@ def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Va
     plain = copy.deepcopy(problem.model)
     variants = {PLAIN: _variant(plain, nn.CrossEntropyLoss(), x, y, nullcontext, [])}
     model, loss_fn = our.extend(copy.deepcopy(problem.model)), our.extend(nn.CrossEntropyLoss())
+    bare = copy.deepcopy(problem.model)
     for row in rows:
         exts = row.ours(device)
         context = _context(our.backpack, exts) if row.context else nullcontext
-        variants["ours", row.name] = _variant(model, loss_fn, x, y, context, exts)
+        net = model if row.extended else bare
+        variants["ours", row.name] = _variant(net, loss_fn, x, y, context, exts)
     if problem.sequential:
         model = their.extend(copy.deepcopy(problem.model))
         loss_fn = their.extend(nn.CrossEntropyLoss())

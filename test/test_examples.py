@@ -68,30 +68,20 @@ def test_digits(tmp_path):
         assert str(image) in out
 
 
-def test_digits_hesscale(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tqdm")
-    out = run("examples/digits_hesscale.py", "--quick", "--out", str(tmp_path))
-
-    lines = (line.split() for line in out.splitlines())
-    rows = {line[0]: line for line in lines if line[1:2] == ["0.001"]}
-    assert list(rows) == ["Adam", "AdaHesScale", "AdaHesScale-GN"]
-    # the second epoch's loss, far below that of guessing, 2.3
-    assert float(rows["AdaHesScale"][2]) < 1.5
-    assert (tmp_path / "digits_hesscale.png").stat().st_size > 10_000
-    assert str(tmp_path / "digits_hesscale.png") in out
-
-
-def test_actor_critic(tmp_path):
+def test_actor_critic(tmp_path: Path):
     pytest.importorskip("gymnasium")
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tqdm")
     out = run("examples/actor_critic.py", "--quick", "--out", str(tmp_path))
+    rows = [line.rsplit(maxsplit=5) for line in out.splitlines() if line.endswith(("-", "%"))]
+    found = [(row[0].strip(), row[1]) for row in rows]
+    names = ("Adam", "AdaHesScale", "AdaHesScale, scaled")
+    assert found == [(name, lr) for name in names for lr in ("0.003", "0.03")]
+    assert all(float(row[2]) > 5 for row in rows)
+    assert (tmp_path / "actor_critic.png").stat().st_size > 5000
 
-    rows = [line for line in out.splitlines() if line.startswith("  AdaHesScale")]
-    assert len(rows) == 4
-    assert [row.split()[:2] for row in rows[:2]] == [["AdaHesScale", "0.003"], ["AdaHesScale", "0.03"]]
-    assert all(row.endswith("%") == ("scaled" in row) for row in rows)
-    assert (tmp_path / "actor_critic.png").stat().st_size > 10_000
-    assert str(tmp_path / "actor_critic.png") in out
+
+def test_digits_by_adahesscale(tmp_path: Path):
+    lines = run("examples/digits_hesscale.py", "--quick", "--out", str(tmp_path)).splitlines()
+    accuracy = {line.split()[0]: float(line.split(":")[1].split()[0]) for line in lines[1:4]}
+    assert list(accuracy) == ["Adam", "AdaHesScale", "AdaHesScale-GN"]
+    assert min(accuracy.values()) > 0.5
+    assert (tmp_path / "digits_hesscale.png").stat().st_size > 5000

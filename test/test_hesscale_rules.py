@@ -531,6 +531,24 @@ SHAPES = {
     "min": function(lambda x: x.min(1, keepdim=True).values, (3, 4)),
     "topk": function(lambda x: x.topk(2, 1).values, (3, 4)),
     "sort": function(lambda x: x.sort(1).values, (3, 4)),
+    "var": function(lambda x: x.var(1), (3, 4)),
+    "var of all, biased": function(lambda x: x.var(correction=0), (3, 4)),
+    "std": function(lambda x: x.std((0, 2), keepdim=True), (2, 3, 4)),
+    "var and mean": function(lambda x: torch.cat(torch.var_mean(x, 1)), (3, 4)),
+    "std and mean": function(lambda x: torch.cat(torch.std_mean(x, 1)), (3, 4)),
+    "norm of all": function(lambda x: x.norm(), (3, 4)),
+    "3-norm": function(lambda x: torch.linalg.vector_norm(x, 3, 1), (3, 4)),
+    "1-norm": function(lambda x: torch.linalg.vector_norm(x, 1, 1), (3, 4)),
+    "largest entry": function(lambda x: torch.linalg.vector_norm(x, math.inf, 1), (3, 4)),
+    "prod": function(lambda x: x.prod(1), (3, 4)),
+    "index_add, scaled": function(
+        lambda a, b: a.index_add(0, torch.tensor([1, 1]), b, alpha=3), (3, 2), (2, 2)
+    ),
+    "addmv": function(lambda c, A, x: torch.addmv(c, A, x, alpha=2, beta=3), (3,), (3, 4), (4,)),
+    "interpolation, linear": layer(nn.Upsample, None, 1.5, "linear", on=(2, 3, 5)),
+    "interpolation, bilinear": layer(nn.Upsample, (5, 7), None, "bilinear", True, on=(2, 3, 4, 3)),
+    "interpolation, bicubic": layer(nn.Upsample, None, 2, "bicubic", on=(2, 2, 4, 3)),
+    "interpolation, trilinear": layer(nn.Upsample, None, 2, "trilinear", on=(1, 2, 2, 3, 2)),
     "logsumexp": function(lambda x: x.logsumexp(1), (3, 4)),
     "logsumexp over two axes": function(lambda x: x.logsumexp((0, 2), keepdim=True), (2, 3, 4)),
 }
@@ -822,7 +840,7 @@ def test_without_a_rule_random_signs_are_unbiased():
 @random_signs
 def test_linear_glue_is_not_refused():
     def upsampled(x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2, mode="bilinear")
+        return F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True)
 
     found, exact, *_ = estimates(upsampled, torch.randn(1, 1, 2, 3), on_curved_glue="raise")
     assert unbiased(found, exact) and far(found[0], exact)

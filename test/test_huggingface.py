@@ -35,6 +35,7 @@ from backpack_ext import (
     BatchGrad,
     BatchL2Grad,
     DiagGGN,
+    HesScale,
     RecordingError,
     UnsupportedError,
     attach_loss,
@@ -291,6 +292,28 @@ def test_ggn_diagonal_and_dense_blocks(name, attention):
         for field in FIELDS.values():
             if isinstance(getattr(p, field), DenseBlock):
                 agree(problem, getattr(p, field).to_dense(), blocks[key])
+
+
+@every_model
+def test_hessian_diagonals(name):
+    """No operation is unknown; both kinds of attention agree; those of each datum add up."""
+    found = []
+    for attention in ("eager", "sdpa") if name in ATTENTION else (None,):
+        problem = build(name, attention)
+        extend(problem.model), extend(problem.loss_fn)
+        exts = HesScale(on_curved_glue="raise"), HesScale(batch=True), HesScale(gauss_newton=True)
+        with warnings.catch_warnings(), backpack(*exts):
+            warnings.simplefilter("error", UserWarning)
+            problem.loss().backward()
+        found.append({})
+        for key, p in problem.model.named_parameters():
+            torch.testing.assert_close(p.hesscale_batch.sum(0), p.hesscale, rtol=1e-8, atol=1e-10)
+            found[-1][key] = p.hesscale, p.hesscale_gn
+    tolerance = 1e-5 if (name, "eager") in SINGLE else 1e-10
+    for key, pair in found[0].items():
+        for one, other in zip(pair, found[-1][key], strict=True):
+            scale = one.abs().max().clamp_min(0.01).item()
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale)
 
 
 def term(parameter: nn.Parameter, field: str, module: nn.Module) -> Kronecker:

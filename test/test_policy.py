@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from backpack_ext import (
     BL89,
     HesScale,
+    RecordingError,
     UnsupportedError,
     attach_diagonal,
     backpack,
@@ -298,29 +299,39 @@ def test_last_layers_are_exact(kind, loss):
         assert_close(h, expected)
 
 
-@pytest.mark.parametrize("loss", ["log_prob", "clipped"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "entropy"])
 def test_one_hidden_layer_is_exact_where_the_hessian_is_diagonal(loss):
-    """A mean of known variance: its Hessian is diagonal for the log-probability, D = 1 for both."""
+    """A mean of known variance: its Hessian is diagonal for the log-probability, D = 1 for all."""
     batch, x = Batch("gaussian, shared std"), torch.randn(N, 2)
     size = D if loss == "log_prob" else 1
-    batch.actions = batch.actions[:, :size]
-    losses = batch.losses(None, "mean")[loss]
-    ours, plain = (
-        lambda V, W, loss=loss: loss(F.linear(F.linear(x, V).tanh(), W), torch.zeros(size))
-        for loss in losses
-    )
+    batch.actions, std = batch.actions[:, :size], torch.zeros(size)
+    ours, plain = batch.losses(None, "mean")[loss]
     weights = [torch.randn(4, 2), torch.randn(size, 4)]
-    for h, expected in zip(hesscale(ours, weights), exact_diagonal(plain, weights), strict=True):
+
+    def through(loss: Callable) -> Callable:
+        return lambda V, W: loss(F.linear(F.linear(x, V).tanh(), W), std + 0 * W.sum())
+
+    found = hesscale(lambda V, W: ours(F.linear(F.linear(x, V).tanh(), W), std + 0), weights)
+    for h, expected in zip(found, exact_diagonal(through(plain), weights), strict=True):
         assert_close(h, expected)
 
 
 def test_diagonals_of_each_datum():
-    model, x = extend(nn.Linear(3, D)), torch.randn(N, 3)
+    class Actor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.log_std = nn.Linear(3, D), nn.Parameter(0.1 * torch.randn(D))
+
+        def forward(self, x):
+            return self.mean(x), self.log_std.expand(len(x), D)
+
+    model, x = extend(Actor()), torch.randn(N, 3)
     a, A = torch.randn(N, D), torch.randn(N)
     with backpack(HesScale(batch=True), HesScale()):
-        log_prob_loss(Gaussian(model(x), torch.zeros(D)), a, A).backward()
-    assert_close(model.weight.hesscale_batch.sum(0), model.weight.hesscale)
-    assert model.weight.hesscale_batch.shape == (N, D, 3)
+        log_prob_loss(Gaussian(*model(x)), a, A).backward()
+    for p in model.parameters():
+        assert_close(p.hesscale_batch.sum(0), p.hesscale)
+        assert p.hesscale_batch.shape == (N, *p.shape)
 
 
 def test_bl89_starts_from_the_same_diagonal():
@@ -418,6 +429,14 @@ def test_a_policy_without_an_entropy():
 
     with pytest.raises(UnsupportedError, match="Own defines no entropy"):
         entropy(Own())
+
+
+def test_a_head_that_no_loss_reaches():
+    """A value head without a loss of its own is named by the pass."""
+    head, x = extend(nn.Sequential(nn.Linear(3, C))), torch.randn(N, 3)
+    with pytest.raises(RecordingError, match="attach_diagonal"), backpack(HesScale()):
+        pi = Categorical(head(x))
+        (log_prob_loss(pi, ACTIONS, ONES) + head(x).sum()).backward()
 
 
 # -- losses without a closed form ------------------------------------------------------------------

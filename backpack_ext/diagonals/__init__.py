@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from backpack_ext.diagonals import attention, linear, norms, pooling, softmax
+from backpack_ext.diagonals import attention, linear, norms, pooling, softmax, upsampling
 from backpack_ext.diagonals.composite import ENDS
 from backpack_ext.diagonals.pointwise import (
     ACTIVATIONS,
@@ -48,6 +48,8 @@ _all(linear.SPLITS, linear.selection, several=True)
 _all(("NativeDropoutBackward0",), linear.many_to_one, several=True)
 _all(linear.IDENTITIES, linear.identity)
 _all(linear.MANY_TO_ONE, linear.many_to_one)
+_all(("AminmaxBackward0",), linear.many_to_one, several=True)
+_all(upsampling.INTERPOLATIONS, upsampling.interpolation, shaped=True)
 # in-place operations on views: autograd's own derivatives, exact where they are elementwise
 _all((*BY_AUTOGRAD, "torch::autograd::CopySlices"), twice, curved=True)
 RULES.update(
@@ -77,6 +79,7 @@ RULES.update(
         "EmbeddingBackward0": DiagonalRule(linear.embedding),
         "EmbeddingBagBackward0": DiagonalRule(linear.embedding_bag),
         "GatherBackward0": DiagonalRule(linear.gather),
+        "IndexAddBackward0": DiagonalRule(linear.index_add),
         "AvgPool2DBackward0": DiagonalRule(pooling.average),
         "AvgPool3DBackward0": DiagonalRule(pooling.average),
         "AdaptiveAvgPool2DBackward0": DiagonalRule(pooling.average),
@@ -93,6 +96,12 @@ RULES.update(
         "NativeBatchNormBackward0": DiagonalRule(norms.batch_norm, True),
         "CudnnBatchNormBackward0": DiagonalRule(norms.batch_norm, True),
         "LinalgVectorNormBackward0": DiagonalRule(norms.vector_norm, True),
+        "NormBackward0": DiagonalRule(norms.vector_norm, True),
+        "NormBackward1": DiagonalRule(norms.vector_norm, True),
+        "VarBackward0": DiagonalRule(norms.variance, True),
+        "StdBackward0": DiagonalRule(norms.deviation, True),
+        "VarMeanBackward0": DiagonalRule(norms.variance, True, several=True),
+        "StdMeanBackward0": DiagonalRule(norms.deviation, True, several=True),
         "SoftmaxBackward0": DiagonalRule(softmax.softmax, True),
         "SafeSoftmaxBackward0": DiagonalRule(softmax.softmax, True),
         "LogSoftmaxBackward0": DiagonalRule(softmax.log_softmax, True),

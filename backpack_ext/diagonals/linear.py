@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backpack_ext.diagonals.rule import TURNED, Diagonals, Step, call, signed
 from backpack_ext.errors import UnsupportedError
@@ -30,7 +31,7 @@ SELECTIONS = (
         "TakeBackward0",
         "MaskedSelectBackward0",
     ),
-    *("IndexPutBackward0", "IndexAddBackward0", "IndexCopyBackward0", "IndexFillBackward0"),
+    *("IndexPutBackward0", "IndexCopyBackward0", "IndexFillBackward0"),
     *("ScatterBackward0", "ScatterAddBackward0", "SelectScatterBackward0", "SliceScatterBackward0"),
     *(
         "MaskedFillBackward0",
@@ -45,6 +46,8 @@ SELECTIONS = (
     *("ReflectionPad1DBackward0", "ReflectionPad2DBackward0", "ReflectionPad3DBackward0"),
     *("ReplicationPad1DBackward0", "ReplicationPad2DBackward0", "ReplicationPad3DBackward0"),
     *("UpsampleNearest1DBackward0", "UpsampleNearest2DBackward0", "UpsampleNearest3DBackward0"),
+    *("UpsampleNearestExact1DBackward0", "UpsampleNearestExact2DBackward0"),
+    *("UpsampleNearestExact3DBackward0", "CummaxBackward0", "CumminBackward0", "ModeBackward0"),
     *("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1"),
     *("ClampMaxBackward0", "ClampMaxBackward1", "MedianBackward0"),
     *("RepeatInterleaveBackward0", "SignBackward0", "FloorBackward0", "CeilBackward0"),
@@ -69,14 +72,16 @@ IDENTITIES = (
         "LiftFreshBackward0",
     ),
     *("NegBackward0", "ViewAsBackward0", "BackwardHookFunctionBackward", "AddBackward1", "SubBackward1"),
-    *("torch::autograd::CopyBackwards", "DetachBackward0", "AddBackward2"),
+    *("torch::autograd::CopyBackwards", "DetachBackward0", "AddBackward2", "FracBackward0"),
 )
 
-# Operations of which every input entry feeds one output entry at most, with any factor.
+# Operations of which every input entry feeds one output entry at most, with a factor that does not
+# depend on it.
 MANY_TO_ONE = (
     *("MaximumBackward0", "MinimumBackward0", "FmaxBackward0", "FminBackward0", "AmaxBackward0"),
     *("AminBackward0", "MaxBackward1", "MinBackward1", "NanmeanBackward0", "NansumBackward0"),
-    *("RsubBackward1", "SumToSizeBackward0"),
+    *("RsubBackward1", "SumToSizeBackward0", "ScatterReduceBackward0", "IndexReduceBackward0"),
+    *("ProdBackward0", "ProdBackward1", "LinalgDetBackward0"),
 )
 
 
@@ -119,6 +124,12 @@ def gather(step: Step) -> Diagonals:
     """Cross a gather: h goes where the entries came from."""
     n, (h,) = step.node, step.h
     return (h.new_zeros(n._saved_self.shape).scatter_add_(signed(n._saved_dim), n._saved_index, h),)
+
+
+def index_add(step: Step) -> Diagonals:
+    """Cross ``a`` to which ``alpha b`` is added in some places."""
+    moved, alpha = call(step.node, step.h), step.node._saved_alpha
+    return moved[0], None if moved[1] is None else moved[1] * alpha
 
 
 def product(step: Step) -> Diagonals:
@@ -184,7 +195,7 @@ def addmm(step: Step) -> Diagonals:
     if a != 1:
         h = h * a**2
     if need[1]:
-        out[1] = h.mm(step.saved("mat2").square().t())
+        out[1] = F.linear(h, step.saved("mat2").square())  # times the transpose
     if need[2]:
         out[2] = _right_factor(h, step.saved("mat1"), need[2])
     return out
@@ -221,7 +232,7 @@ def addmv(step: Step) -> Diagonals:
     if need[1]:
         out[1] = h[:, None] * step.saved("vec").square()
     if need[2]:
-        out[2] = step.saved("self").square().T @ h
+        out[2] = step.saved("mat").square().T @ h
     return out
 
 

@@ -13,11 +13,13 @@ the D elements,
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from backpack_ext.diagonals.linear import many_to_one
 from backpack_ext.diagonals.rule import Diagonals, Step, signed
 
 
@@ -145,13 +147,78 @@ def _summed(t: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def vector_norm(step: Step) -> Diagonals:
-    """Cross the Euclidean norm r over some axes: ``(x / r)^2 h + (1 - (x / r)^2) g / r``."""
-    n, x, r, (h,), g = step.node, step.saved("self"), step.saved("result"), step.h, step.gradient
-    if not n._saved_keepdim:
-        axes = n._saved_dim
-        axes = range(x.dim()) if axes is None else sorted(a % x.dim() for a in map(signed, axes))
-        for a in axes:
-            r, h, g = r.unsqueeze(a), h.unsqueeze(a), None if g is None else g.unsqueeze(a)
-    xh2 = (x / r).square()
-    out = xh2 * h
-    return (out if g is None else out + (1 - xh2) * g / r,)
+    r"""Cross a p-norm r over some axes, with ``t = |x| / r`` and zeros where r = 0.
+
+    .. math::  t^{2p-2} h + (p - 1) t^{p-2} (1 - t^p) g / r
+    """
+    n, x = step.node, step.saved("self")
+    p = n._saved_ord if hasattr(n, "_saved_ord") else n._saved_p
+    p = 2.0 if p is None else float(p)
+    if p in (0, inf, -inf):  # a constant, or one entry of x up to its sign
+        return many_to_one(step)
+    r, h, g = _kept(step, x.dim(), step.saved("result"), step.h[0], step.gradient)
+    t = torch.where(r == 0, 0, x.abs() / r)
+    out = h * (t.square() if p == 2 else torch.where(x == 0, 0, t ** (2 * p - 2)))
+    if g is None or p == 1:
+        return (out,)
+    bend = 1 - t.square() if p == 2 else (p - 1) * t ** (p - 2) * (1 - t**p)
+    flat = (r == 0) if p >= 2 else (x == 0)  # where it has no second derivative
+    return (out + torch.where(flat, 0, bend * g / r),)
+
+
+def variance(step: Step) -> Diagonals:
+    """Cross a variance of D entries, and their mean: ``(2 d / C)^2 h + 2 (1 - 1 / D) g / C``.
+
+    d is the distance from the mean, C is D less the correction.
+    """
+    n, x = step.node, step.saved("self")
+    d, D, C = _distance(n, x)
+    h, g, mean = _moments(step, x.dim())
+    out = torch.zeros_like(x) if h is None else (2 / C * d).square() * h
+    if g is not None:
+        out = out + 2 * (1 - 1 / D) / C * g
+    return (out if mean is None else out + mean / D**2,)
+
+
+def deviation(step: Step) -> Diagonals:
+    """Cross a standard deviation s: ``(d / (C s))^2 h + (1 - 1 / D - d^2 / (C s^2)) g / (C s)``."""
+    n, x = step.node, step.saved("self")
+    d, D, C = _distance(n, x)
+    s = n._saved_result if hasattr(n, "_saved_result") else n._saved_result0
+    (s,), (h, g, mean) = _kept(step, x.dim(), step.lifted(s)), _moments(step, x.dim())
+    out = torch.zeros_like(x) if h is None else (d / (C * s)).square() * h
+    if g is not None:
+        out = out + (1 - 1 / D - (d / s).square() / C) * g / (C * s)
+    out = torch.where(s == 0, 0, out)
+    return (out if mean is None else out + mean / D**2,)
+
+
+def _distance(n: Node, x: Tensor) -> tuple[Tensor, int, float]:
+    """Return the distance from the mean, and by how many entries sums are divided: D and C."""
+    axes = _axes(n, x.dim())
+    D, correction = prod(x.shape[a] for a in axes), n._saved_correction
+    return x - x.mean(axes, keepdim=True), D, D - (1 if correction is None else float(correction))
+
+
+def _moments(step: Step, dims: int) -> list[Tensor | None]:
+    """Return h and g at a variance or deviation, and h at the mean, if it is an output too."""
+    g = None if step.g is None or step.g[0] is None else step.lifted(step.g[0])
+    return _kept(step, dims, step.h[0], g, step.h[1] if len(step.h) > 1 else None)
+
+
+def _axes(n: Node, dims: int) -> list[int]:
+    """Return the axes of a reduction; by default all."""
+    axes = getattr(n, "_saved_dim", None)
+    return sorted(a % dims for a in map(signed, axes)) if axes else list(range(dims))
+
+
+def _kept(step: Step, dims: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Give tensors at the output of a reduction the axes that it summed over."""
+    if getattr(step.node, "_saved_keepdim", False):
+        return [*tensors]
+    out = []
+    for t in tensors:
+        for a in _axes(step.node, dims) if t is not None else ():
+            t = t.unsqueeze(a)
+        out.append(t)
+    return out

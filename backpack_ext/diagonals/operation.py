@@ -85,7 +85,8 @@ def leaf_edge(node: Node) -> Edge | bool:
     if kind is not _ACCUMULATE:
         return False
     p = node.variable
-    return (p, place) if isinstance(p, nn.Parameter) else True
+    # the type first: asking for instances of Parameter is slow
+    return (p, place) if type(p) is nn.Parameter or isinstance(p, nn.Parameter) else True
 
 
 def shape_of(edge: Edge) -> torch.Size:

@@ -12,13 +12,12 @@ from torch.autograd.graph import Node
 from torch.special import ndtr
 
 from backpack_ext.diagonals.rule import (
-    RULES,
     DiagonalRule,
     Diagonals,
     Step,
     Unpacking,
     crossed,
-    found,
+    register_diagonal_rule,
     signed,
 )
 
@@ -325,12 +324,9 @@ def register_activation(
         ...     return 3 * x**2, 6 * x
         >>> register_activation("CubeBackward", derivatives)
     """
-    if operation in RULES and not overwrite:
-        raise ValueError(f"{operation} already has the rule {RULES[operation]!r}; use overwrite=True.")
 
     def of_step(step: Step) -> tuple[Tensor, Tensor | None]:
         return derivatives(step.node)
 
-    RULES[operation] = pointwise(of_step, True)
+    register_diagonal_rule(operation, overwrite=overwrite)(pointwise(of_step, True).cross)
     ACTIVATIONS[operation] = of_step
-    found.clear()

@@ -160,11 +160,52 @@ def call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
     """Return an operation's vector-Jacobian product."""
     # C++ nodes are callable, those of a custom autograd.Function have `apply`
     function = node if callable(node) else node.apply
+    for k, t in enumerate(arguments):
+        if t is not None:
+            dtype = node._input_metadata[k].dtype
+            return (
+                _call(function, arguments) if t.dtype == dtype else _widely(function, arguments, dtype)
+            )
+    return _call(function, arguments)
+
+
+def _call(function: Callable, arguments: Diagonals) -> tuple[Tensor | None, ...]:
     if Unpacking.once:
         out = in_a_pass_of_its_own(partial(function, *arguments))
     else:
         out = function(*arguments)
     return out if isinstance(out, tuple) else (out,)
+
+
+# How many numbers of a lower precision make one of float32: three of bfloat16.
+_PIECES = 3
+
+
+def _widely(function: Callable, arguments: Diagonals, low: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Call a linear function of an operation in lower precision with arguments in a higher one.
+
+    Some kernels take that, some refuse it, some round the result. For the latter two the arguments are
+    cut into pieces of the lower precision, whose results are added up in the higher one.
+    """
+    wide = next(t.dtype for t in arguments if t is not None)
+    try:
+        out = _call(function, arguments)
+        if all(t is None or t.dtype == wide for t in out):
+            return out
+    except RuntimeError:  # refused
+        pass
+    total: list[Tensor | None] = []
+    for _ in range(_PIECES):
+        pieces = [None if t is None else t.to(low) for t in arguments]
+        arguments = [
+            None if t is None else t - p.to(wide) for t, p in zip(arguments, pieces, strict=True)
+        ]
+        out = [None if t is None else t.to(wide) for t in _call(function, pieces)]
+        total = [
+            a if b is None else b if a is None else a + b
+            for a, b in zip(total or [None] * len(out), out, strict=True)
+        ]
+    return tuple(total)
 
 
 def crossed(step: Step, d1: Tensor, d2: Tensor | None) -> Tensor:
