@@ -6,7 +6,7 @@ updates. Every update is one backward pass of three losses, whose Hessian diagon
 ``backpack_ext.policy``. Step-size scaling, ``optim.HesScaleStep``, shortens a step if the diagonal
 predicts too large a change.
 
-Run it with ``python examples/actor_critic.py --out out``; it takes about three minutes on two cores.
+Run it with ``python examples/actor_critic.py --out out``; a minute and a half on two cores.
 """
 
 import argparse
