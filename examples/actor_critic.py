@@ -6,7 +6,7 @@ updates. Every update is one backward pass of three losses, whose Hessian diagon
 ``backpack_ext.policy``. Step-size scaling, ``optim.HesScaleStep``, shortens a step if the diagonal
 predicts too large a change.
 
-Run it with ``python examples/actor_critic.py --out out``.
+Run it with ``python examples/actor_critic.py --out out``; a minute and a half on two cores.
 """
 
 import argparse
@@ -20,22 +20,22 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import gymnasium
-import matplotlib
 import numpy as np
 import torch
+from digits_plots import BLUE, RED, STYLE
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backpack_ext import backpack, extend, policy
 from optim import AdaHesScale, HesScaleStep
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 OPTIMIZERS = ("Adam", "AdaHesScale", "AdaHesScale, scaled")
+COLORS = ("0.5", RED, BLUE)
 ENVIRONMENTS, LENGTH = 8, 8  # environments, and their steps between updates
 GAMMA, LAMBDA = 0.99, 0.95  # discount, and decay of generalized advantage estimates
 POINTS = 30  # of a learning curve
+FIRST_SEED = 100  # the defaults were chosen by runs with smaller ones
 
 
 @dataclass(frozen=True)
@@ -180,27 +180,26 @@ def at_the_end(curves: np.ndarray) -> np.ndarray:
 
 def draw(curves: dict[tuple[str, float], np.ndarray], args: argparse.Namespace) -> Path:
     """Draw learning curves by step size, and what is reached against step size."""
-    figure, axes = plt.subplots(
-        1, len(args.lrs) + 1, figsize=(3 * len(args.lrs) + 3, 3), sharey=True, layout="constrained"
-    )
-    x = args.steps * np.arange(1, POINTS + 1) / POINTS
-    for color, name in zip(("tab:gray", "tab:orange", "tab:blue"), OPTIMIZERS, strict=True):
-        for axis, lr in zip(axes, args.lrs, strict=False):
-            mean, spread = np.nanmean(curves[name, lr], 0), np.nanstd(curves[name, lr], 0)
-            axis.plot(x, mean, color=color, label=name)
-            axis.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
-            axis.set_title(f"lr = {lr:g}")
-            axis.set_xlabel("steps of the environments")
-        ends = np.stack([at_the_end(curves[name, lr]) for lr in args.lrs])
-        axes[-1].errorbar(args.lrs, ends.mean(1), ends.std(1), color=color, capsize=3)
-    axes[-1].set_xscale("log")
-    axes[-1].set_xlabel("lr")
-    axes[-1].set_title("last fifth")
-    axes[0].set_ylabel(f"return, {args.seeds} seeds")
-    axes[0].legend()
-    path = args.out / "actor_critic.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    x, count = args.steps * np.arange(1, POINTS + 1) / POINTS, len(args.lrs)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, count + 1, figsize=(2.4 * count + 3, 2.8), sharey=True)
+        for color, name in zip(COLORS, OPTIMIZERS, strict=True):
+            for axis, lr in zip(axes[:-1], args.lrs, strict=True):
+                mean, spread = np.nanmean(curves[name, lr], 0), np.nanstd(curves[name, lr], 0)
+                axis.plot(x, mean, color=color, label=name)
+                axis.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+                axis.set_title(f"lr = {lr:g}")
+                axis.set_xlabel("environment steps")
+            ends = np.stack([at_the_end(curves[name, lr]) for lr in args.lrs])
+            axes[-1].errorbar(args.lrs, ends.mean(1), ends.std(1), color=color, capsize=3, label=name)
+        axes[-1].set_xscale("log")
+        axes[-1].set_xlabel("lr")
+        axes[-1].set_title("last fifth")
+        axes[0].set_ylabel(f"return, mean and std of {args.seeds} seeds")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        path = args.out / "actor_critic.png"
+        figure.savefig(path)
+        plt.close(figure)
     return path
 
 
@@ -209,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
     parser.add_argument("--environment", default="CartPole-v1", help="name of a discrete environment")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
-    parser.add_argument("--delta", type=float, default=0.01, help="bound of the step-size scaling")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--delta", type=float, default=1e-3, help="bound of the step-size scaling")
     parser.add_argument("--seeds", type=int, default=5, help="runs per setting")
     parser.add_argument("--steps", type=int, default=40_000, help="environment steps per run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [
         Run(args.environment, name, lr, args.delta, seed, args.steps)
         for name, lr in settings
-        for seed in range(args.seeds)
+        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)
     ]
     found = list(tqdm(train_all(runs, args.jobs), total=len(runs), desc="training", unit="run"))
     curves, shortened = (np.array(part) for part in zip(*found, strict=True))
@@ -237,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, lr in settings:
         ends = at_the_end(curves[name, lr])
         share = f"{shortened[name, lr]:.0%}" if name.endswith("scaled") else "-"
-        figures = f"{ends.mean():6.1f}  {ends.std():5.1f}  {ends.min():6.1f}"
-        print(f"  {name:20}  {lr:>6g}  {figures}  {share:>15}")
+        cells = f"{ends.mean():6.1f}  {ends.std():5.1f}  {ends.min():6.1f}  {share:>15}"
+        print(f"  {name:20}  {lr:>6g}  {cells}")
     print(f"\nPlot:\n  {draw(curves, args)}")
 
 

@@ -4,7 +4,7 @@ A small convolutional network on scikit-learn's real scans of digits, trained by
 (the second moment is that of the Hessian's diagonal instead of the gradient) and by its Gauss-Newton
 variant, each with the best of three step sizes.
 
-Run it with ``python examples/digits_hesscale.py --out out``; a minute and a half, ``--quick`` seconds.
+Run it with ``python examples/digits_hesscale.py --out out``; half a minute, ``--quick`` seconds.
 """
 
 import argparse
