@@ -11,11 +11,12 @@ from torch.autograd.graph import Node
 
 from backpack_ext.bare import RouteVectors
 from backpack_ext.diagonals.recursion import Recursion
-from backpack_ext.diagonals.rule import Diagonals, Step, call, rule_of
+from backpack_ext.diagonals.rule import Diagonals, Step, Unpacking, call, rule_of
 from backpack_ext.diagonals.unknown import by_signs, complex_numbers
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Capture
+from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.pending import Pending
 from backpack_ext.products import Route
 from backpack_ext.site import Site
@@ -158,5 +159,12 @@ class PerDatum:
         rule, known = rule_of(node), any(g is not None for g in gs)
         step = Step(node, hs, gs if known else None, need)
         recursion = self._recursion()
-        crossed = by_signs(step, recursion.signs, recursion.refuse) if rule is None else rule.cross(step)
+
+        def cross() -> Diagonals:
+            if rule is None:
+                return by_signs(step, recursion.signs, recursion.refuse)
+            return rule.cross(step)
+
+        # checkpointed tensors are handed out once per pass, and each datum reads them
+        crossed = in_a_pass_of_its_own(cross) if Unpacking.once else cross()
         return crossed, call(node, gs) if known else [None] * len(need)

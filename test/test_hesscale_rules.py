@@ -960,12 +960,13 @@ def test_without_a_rule_there_is_one_warning():
         assert said == ([] if again else [True])
 
 
-def test_cross_terms_of_elementwise_branches_are_exact():
+@pytest.mark.parametrize("combine", [torch.add, partial(torch.sub, alpha=2)])
+def test_cross_terms_of_elementwise_branches_are_exact(combine: Callable[[Tensor, Tensor], Tensor]):
     """`3 x + s tanh(x)`, s a parameter: the Hessian's diagonal is `c (3 + s tanh')^2 + g s tanh''`."""
     x, s = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
 
     def block(x: Tensor, s: Tensor) -> Tensor:
-        return 3 * x + s * x.tanh()
+        return combine(3 * x, s * x.tanh())
 
     value, c = separate(block(x, s).flatten())
     exact = exact_diagonal(lambda x, s: value(block(x, s).flatten()), [x, s])

@@ -156,6 +156,8 @@ def work(rank: int, store: str, out: str) -> None:
     for p in model.parameters():
         dist.all_reduce(p.hesscale)
     torch.save([(p.grad, p.hesscale / 2) for p in model.parameters()], f"{out}/{rank}.pt")
+    del parallel  # its threads must not outlive the process group
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -247,6 +249,44 @@ def test_the_graph_is_freed():
 
 def _stop(grad: Tensor) -> None:
     raise RuntimeError("stop")
+
+
+class Shared(nn.Module):
+    """A position embedding for all data, and two heads behind a trunk without curvature."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.positions = nn.Embedding(9, 4), nn.Embedding(5, 4)
+        self.trunk, self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.positions(torch.arange(5))[None]
+        x = self.trunk(torch.add(self.table(x), at, alpha=-3)).mean(1)
+        return self.one(x), self.two(x)
+
+
+def test_each_datum_of_two_losses(double):
+    model, loss_fn, y = extend(Shared()), extend(CE(reduction="sum")), torch.randint(3, (7,))
+    x, exts = torch.randint(9, (7, 5)), (HesScale(), HesScale(batch=True))
+    names, rows = [ext.savefield for ext in exts], []
+    for data in (*zip(x.split(1), y.split(1), strict=True), (x, y)):
+        with backpack(*exts):
+            sum(loss_fn(z, data[1]) for z in model(data[0])).backward()
+        rows.append(fields(model, *names))
+    together = rows.pop()
+    for (name, field), h in together.items():
+        alone = torch.stack([row[name, "hesscale"] for row in rows])
+        expected = alone if field == "hesscale_batch" else alone.sum(0)
+        torch.testing.assert_close(h, expected)
+
+
+def test_results_share_no_memory():
+    a, b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+    with backpack(HesScale()):
+        extend(nn.MSELoss())(a + b, torch.zeros(3)).backward()
+    assert torch.equal(a.hesscale, b.hesscale)
+    a.hesscale.zero_()
+    assert b.hesscale.all()
 
 
 def test_extension_hook():
@@ -494,6 +534,19 @@ def test_rules_of_ones_own(double):
         diagonals(OnceCube.apply)
 
 
+def test_a_rule_may_say_that_nothing_is_left(double):
+    """What lies behind it has the curvature that its own gradient brings."""
+    with rules_restored():
+        register_diagonal_rule("CubeBackward")(lambda step: [None])
+        for scale in (None, nn.Parameter(torch.ones(4))):  # a chain of operations, and no such
+            x = nn.Parameter(torch.randn(4))
+            y = x.tanh() if scale is None else (x * scale).tanh()
+            with backpack(HesScale()):
+                extend(nn.MSELoss(reduction="sum"))(Cube.apply(y), torch.zeros(4)).backward()
+            y = x.detach().tanh()
+            torch.testing.assert_close(x.hesscale, 6 * y**5 * -2 * y * (1 - y**2))
+
+
 def test_compiled_models():
     """What is compiled is one operation, of which only the backend "eager" shows the parts."""
     model, x, y = problem("mlp")
@@ -517,6 +570,8 @@ def test_checkpoints(fn: Callable[[Tensor], Tensor], double):
 
 def test_checkpointed_layers(double):
     model, x, y = problem("block")
+    model.scale = nn.Parameter(torch.randn(8))  # outside of layers, each datum reads what is saved
+    model.norm.register_forward_hook(lambda module, args, output: output * model.scale)
     exts = HesScale(), HesScale(batch=True), BL89()
     names, found = [ext.savefield for ext in exts], []
     for forward in (extend(model), lambda x: checkpoint(model, x, use_reentrant=False)):

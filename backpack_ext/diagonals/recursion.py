@@ -280,9 +280,11 @@ class Recursion:
                 self._collect(edge[0], t if edge[1] == LEAF or rule.turns else t.mT)
             else:
                 found = t
-        if onward is None or found is None:
+        if onward is None:
             return None
         child, output = onward
+        if found is None:  # no curvature is left, but there may be some behind
+            return child, output, h.new_zeros(child._input_metadata[output].shape)
         if not rule.shaped and found.shape != (shape := child._input_metadata[output].shape):
             found = found.sum_to_size(shape)
         return child, output, found
