@@ -779,6 +779,7 @@ class Attention:
         mask: What is added to the scores, or where they count.
         scale: Of the scores.
         kept: What the probabilities are multiplied with.
+        heads: Heads of Q.
         key_heads: Heads of K and V, each for several heads of Q.
         values: Size d of the values.
         tolerance: Of the comparison.
@@ -788,11 +789,13 @@ class Attention:
     mask: Tensor | None = None
     scale: float = 5**-0.5
     kept: Tensor | float = 1.0
+    heads: int = 2
     key_heads: int = 2
     values: int = 5
     tolerance: float = 1e-10
 
     def scores(self, Q: Tensor, K: Tensor) -> Tensor:
+        K = K.repeat_interleave(Q.shape[1] // K.shape[1], 1)
         S = self.scale * Q @ K.mT
         if self.mask is None:
             return S
@@ -800,7 +803,7 @@ class Attention:
         return S.masked_fill(~self.mask, -math.inf) if boolean else S + self.mask
 
     def read(self, S: Tensor, V: Tensor) -> Tensor:
-        return (S.softmax(-1) * self.kept) @ V
+        return (S.softmax(-1) * self.kept) @ V.repeat_interleave(S.shape[1] // V.shape[1], 1)
 
 
 N, HEADS, QUERIES, KEYS, D = 2, 2, 3, 4, 5
@@ -850,6 +853,7 @@ ATTENTION = {
     "fused, scale": Attention(partial(SDPA, scale=0.7), scale=0.7),
     "fused, larger values": Attention(SDPA, values=7),
     "fused, shared keys": Attention(partial(SDPA, enable_gqa=True), key_heads=1),
+    "fused, two shared keys": Attention(partial(SDPA, enable_gqa=True), heads=4),
     "math kernel": Attention(math_kernel, CAUSAL),
     "einsum": Attention(by_einsum),
     "einsum, small values": Attention(by_einsum, values=2),
@@ -867,7 +871,7 @@ ATTENTION = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str):
     a = ATTENTION[name]
-    Q = nn.Parameter(torch.randn(N, HEADS, QUERIES, D))
+    Q = nn.Parameter(torch.randn(N, a.heads, QUERIES, D))
     K = nn.Parameter(torch.randn(N, a.key_heads, KEYS, D))
     V = nn.Parameter(torch.randn(N, a.key_heads, KEYS, a.values))
     graph, leaves = Graph(), {"Q": Q, "K": K, "V": V}
