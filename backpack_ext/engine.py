@@ -252,6 +252,8 @@ class BackwardPass(Receiver):
             return
         with self._quiet(grad.device.type):
             factor = grad if grad.dim() == 0 else grad.reshape(())
+            if factor.dtype in (torch.float16, torch.bfloat16):
+                factor = factor.float()  # one over the number of terms needs the digits
             if isinstance(call, LossCall):
                 call.check()
                 factor = factor * call.scale()
