@@ -609,6 +609,8 @@ def test_checkpointed_layers(double):
             extend(CE())(forward(x), y).backward()
         found.append(fields(model, *names))
     close(found[1], found[0], 1e-12)
+    for p in model.parameters():
+        torch.testing.assert_close(p.hesscale_batch.sum(0), p.hesscale)
 
 
 @pytest.mark.parametrize("batch", [False, True])
