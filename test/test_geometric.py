@@ -1,9 +1,11 @@
 """Graph networks of the package torch_geometric: message passing that nobody here wrote."""
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
+from hesscale_oracle import exact_diagonal
 from models import Problem
 from oracle import (
     close,
@@ -22,6 +24,7 @@ from backpack_ext import (
     BatchGrad,
     BatchL2Grad,
     DiagGGN,
+    HesScale,
     RecordingError,
     UnsupportedError,
     backpack,
@@ -35,7 +38,14 @@ from curvature import DenseBlock, Kronecker
 with without_torchvision():
     pytest.importorskip("torch_geometric")
     from torch_geometric.data import Batch, Data
-    from torch_geometric.nn import GCNConv, GINConv, SAGEConv, global_mean_pool
+    from torch_geometric.nn import (
+        GATv2Conv,
+        GCNConv,
+        GINConv,
+        SAGEConv,
+        global_max_pool,
+        global_mean_pool,
+    )
     from torch_geometric.nn import Linear as GeometricLinear
 
 D, H, CLASSES = 4, 6, 3
@@ -322,3 +332,24 @@ def test_segments_add_up_over_graphs(conv, approx):
         assert p.kfac.rows == total.rows
         close(p.kfac.B, total.B)
         close(p.kfac.A, total.A)
+
+
+@pytest.mark.parametrize("make", [*CONVS.values(), partial(SAGEConv, aggr="max"), GATv2Conv])
+@pytest.mark.usefixtures("double")
+def test_hessian_diagonals(make):
+    """No operation of message passing or pooling is unknown; the last layer is exact."""
+    first, second, head = make(D, H), make(H, H), nn.Linear(2 * H, CLASSES)
+    graph, y = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 2])
+    z = second(first(torch.randn(5, D), EDGES[0]).tanh(), EDGES[0])
+    z = torch.cat([global_mean_pool(z, graph), global_max_pool(z, graph)], 1)
+    with warnings.catch_warnings(), backpack(HesScale(on_curved_glue="raise")):
+        warnings.simplefilter("error", UserWarning)
+        extend(nn.CrossEntropyLoss())(head(z), y).backward()
+
+    def value(W: Tensor, b: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(nn.functional.linear(z.detach(), W, b), y)
+
+    for p, expected in zip(head.parameters(), exact_diagonal(value, [*head.parameters()]), strict=True):
+        close(p.hesscale, expected)
+    for p in (*first.parameters(), *second.parameters()):
+        assert p.hesscale.shape == p.shape and p.hesscale.isfinite().all()
