@@ -31,7 +31,7 @@ SELECTIONS = (
         "TakeBackward0",
         "MaskedSelectBackward0",
     ),
-    *("IndexPutBackward0", "IndexCopyBackward0", "IndexFillBackward0"),
+    *("IndexPutBackward0", "IndexCopyBackward0", "IndexFillBackward0", "DiagonalBackward0_copy"),
     *("ScatterBackward0", "ScatterAddBackward0", "SelectScatterBackward0", "SliceScatterBackward0"),
     *(
         "MaskedFillBackward0",
