@@ -54,23 +54,31 @@ class DiagonalPass:
         ext = self.ext
         seeds = [(edge, h * factor) for edge, h in call.diagonals(ext.layerwise)]
         if ext.exact_penultimate:
-            self._cross_last_layer(call, factor)
+            seeds += self._penultimate(call, factor)
         if self.per_datum is not None:
             self.per_datum.prepare(self.recursion)
         self.recursion.start(seeds)
 
-    def _cross_last_layer(self, call: LossCall | KnownDiagonal, factor: Tensor) -> None:
+    def _penultimate(
+        self, call: LossCall | KnownDiagonal, factor: Tensor
+    ) -> list[tuple[GradientEdge, Tensor]]:
+        """Return what the recursion misses at the input of the last layer, in addition to the seeds."""
         if isinstance(call, KnownDiagonal) or call.other_edges:
             raise _no_last_layer(call.label, "its Hessian is known on the diagonal only")
         if call.rule.is_diagonal:
-            return  # the rule of the layer is exact then
+            return []  # the rule of the layer is exact then
         found = _last_layer(call.start)
         if found is None:
             raise _no_last_layer(call.label, "its input is not the output of a linear layer")
         node, entry, W = found
         if call.z.dim() != 2:
             raise _no_last_layer(call.label, f"its input has shape {tuple(call.z.shape)}, not [N, C]")
-        self.recursion.replace(node, entry, call.penultimate(W.mT) * factor)
+        before, output = node.next_functions[entry]
+        if before is None:
+            return []
+        ((_, h),), W = call.diagonals(), W.mT
+        missing = call.penultimate(W) - h @ W.to(h.dtype).square()
+        return [(GradientEdge(before, output), missing * factor)]
 
     def finish(self, multiplier: float) -> dict:
         """Return the parameters' diagonals, or what the extension made of those of each datum."""

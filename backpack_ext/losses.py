@@ -128,7 +128,7 @@ class CrossEntropyRule(LossRule):
         if module.weight is None:
             total = int(kept.sum())
         else:
-            total = float(module.weight[y.clamp(min=0)].masked_fill(~kept, 0).sum())
+            total = float(module.weight[y[kept]].sum())
         if total == 0:
             raise ValueError(
                 "CrossEntropyLoss: the targets are all ignored (or have weight zero), so the mean "
@@ -199,7 +199,8 @@ class CrossEntropyRule(LossRule):
             t = y.to(q.dtype)
         else:
             kept = (y != module.ignore_index).unsqueeze(1)
-            t = F.one_hot(y.clamp(min=0), z.shape[1]).movedim(-1, 1).to(q.dtype) * kept
+            y = y.masked_fill(~kept.squeeze(1), 0)  # may be beyond the classes
+            t = F.one_hot(y, z.shape[1]).movedim(-1, 1).to(q.dtype) * kept
             e = e * kept
         t = (1 - e) * t + e / z.shape[1]
         if module.weight is not None:

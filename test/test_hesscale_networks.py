@@ -603,6 +603,7 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], str]] = {
         partial(CE, weight=CLASS_WEIGHTS, label_smoothing=0.3, ignore_index=1),
         "classes",
     ),
+    "ignored, no class": (partial(CE, weight=CLASS_WEIGHTS, ignore_index=255), "classes, some 255"),
     "probabilities": (partial(CE, weight=CLASS_WEIGHTS), "probabilities"),
     "squared error": (nn.MSELoss, "real"),
     "BCE": (nn.BCEWithLogitsLoss, "binary"),
@@ -619,8 +620,9 @@ POSITIONS = ("cross-entropy", "weights", "smoothing, weights", "ignored", "all e
 
 def targets(kind: str, like: Tensor) -> Tensor:
     """Targets of logits `[N, 3, ...]`."""
-    if kind == "classes":
-        return torch.randint(3, (len(like), *like.shape[2:]))
+    if kind.startswith("classes"):
+        y = torch.randint(3, (len(like), *like.shape[2:]))
+        return y if kind == "classes" else y.index_fill(0, torch.tensor([1]), 255)
     if kind == "probabilities":
         return torch.randn(like.shape).softmax(1)
     return torch.randn(like.shape) if kind == "real" else torch.randint(2, like.shape).double()
@@ -908,6 +910,23 @@ def test_two_losses_of_one_output():
     with backpack(HesScale()):
         (ce(f, y) - 0.1 * mse(f, torch.ones(6, 3))).backward()
     agree(leaves, "hesscale", recursion(graph.modules, leaves, loss))
+
+
+@pytest.mark.parametrize("first", ["ce", "mse"])
+def test_two_losses_of_one_output_with_the_penultimate_layer(first: str):
+    """What is exact for the one loss adds up with what is for the other, in either order."""
+    model = Chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y, ce, mse = torch.randn(6, 4), torch.randint(3, (6,)), extend(CE()), extend(nn.MSELoss())
+
+    def found(*losses: str) -> list[Tensor]:
+        with backpack(HesScale(exact_penultimate=True)):
+            f = model(x)
+            sum(ce(f, y) if loss == "ce" else 0.3 * mse(f, x[:, :3]) for loss in losses).backward()
+        return [p.hesscale for p in model.parameters()]
+
+    second = "mse" if first == "ce" else "ce"
+    for both, one, other in zip(found(first, second), found("ce"), found("mse"), strict=True):
+        close(both, one + other, 1e-12)
 
 
 def test_two_losses_of_a_deep_network():

@@ -469,6 +469,8 @@ RANDOM = {
 
 # -- where entries go ------------------------------------------------------------------------------
 
+NUMBERS = torch.linspace(-1, 1, 20, dtype=torch.float64).sin().view(4, 5)
+DROPPED = (torch.arange(12).view(4, 3) % 3 > 0) * 1.5
 ROWS = torch.tensor([[0, 2, 2, 1], [1, 1, 0, 2]])
 PICKED = torch.tensor([2, 0, 0])
 
@@ -529,6 +531,25 @@ SHAPES = {
     "sum, all": function(lambda x: x.sum(), (3, 4)),
     "mean": function(lambda x: x.mean((1, 2), keepdim=True), (2, 3, 4)),
     "mean, all": function(lambda x: x.mean(), (3, 4)),
+    "learned exponent": function(torch.pow, (4, 3), (1,), positive=True),
+    "learned exponents": function(lambda x, p: (2 * x) ** p, (4, 3), (3,), positive=True),
+    "atan2, broadcast": function(torch.atan2, (4, 3), (3,), positive=True),
+    "logaddexp, broadcast": function(torch.logaddexp, (4, 1), (2, 1, 3)),
+    "addcdiv, broadcast": function(torch.addcdiv, (4, 3), (3,), (3,), positive=True),
+    "SiLU by hand of a transposed square": function(
+        lambda W: (lambda t: t * t.sigmoid())(W.t()), (3, 3)
+    ),
+    "SiLU by hand of a transpose": function(lambda W: W.t() * W.t().sigmoid(), (3, 4)),
+    "AdaptiveAvgPool3d, one map": layer(nn.AdaptiveAvgPool3d, 3, on=(2, 5, 4, 7)),
+    "AvgPool3d, one map": layer(nn.AvgPool3d, 2, padding=1, on=(2, 5, 4, 7)),
+    "MaxPool3d, one map": layer(nn.MaxPool3d, 2, on=(2, 5, 4, 7)),
+    "softmax @ numbers": function(lambda S: S.softmax(-1) @ NUMBERS, (3, 4)),
+    "softmax @ numbers, batched": function(
+        lambda S: S.transpose(1, 2).softmax(-1).flatten(0, 1) @ NUMBERS, (2, 4, 3)
+    ),
+    "numbers @ dropped softmax": function(
+        lambda S: NUMBERS.T @ ((S.softmax(0) * DROPPED).T.reshape(3, 4)).mT, (4, 3)
+    ),
     "cumsum": function(lambda x: x.cumsum(1), (3, 4)),
     "amax": function(lambda x: x.amax(1), (3, 4)),
     "amax over two axes": function(lambda x: x.amax((1, 2)), (2, 3, 4)),
@@ -979,6 +1000,21 @@ def test_cross_terms_of_elementwise_branches_are_exact(combine: Callable[[Tensor
     assert far(x.hesscale, exact[0])
     for found in (s.hesscale, s.crossed):
         close(found, exact[1], 1e-12)
+
+
+def test_cross_terms_of_a_transposed_parameter():
+    """`W^T + s tanh(W^T)`, W square and not symmetric, s a parameter per row."""
+    W, s = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 1))
+
+    def block(W: Tensor, s: Tensor) -> Tensor:
+        t = W.t()
+        return t + s * t.tanh()
+
+    value, c = separate(block(W, s).flatten())
+    exact = exact_diagonal(lambda W, s: value(block(W, s).flatten()), [W, s])
+    backward(block(W, s), value, c, HesScale(cross_terms=True))
+    close(W.hesscale, exact[0], 1e-12)
+    close(s.hesscale, exact[1], 1e-12)
 
 
 def test_cross_terms_of_residual_branches_are_unbiased():

@@ -116,4 +116,5 @@ RULES.update(
 )
 
 # Where compositions may end: see `backpack_ext.diagonals.composite`.
-RULES.update((name, RULES[name]._replace(joins=True)) for name in (*ENDS, *attention.PRODUCTS))
+RULES.update((name, RULES[name]._replace(joins=2)) for name in ENDS)
+RULES.update((name, RULES[name]._replace(joins=1)) for name in attention.PRODUCTS)

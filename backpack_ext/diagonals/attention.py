@@ -119,17 +119,19 @@ def _axis_before(op: Operation, axis: int) -> int | None:
 
 def attention_scores(found: Attention, step: Step) -> Tensor:
     """Return the first term of h at the softmax's input."""
-    (h,) = step.h
+    (h,), A = step.h, step.lifted(found.softmax.node._saved_result)
+    P, V = (step.saved(name) for name in (("self", "mat2") if found.entry == 0 else ("mat2", "self")))
+    if P is None:  # not saved, because V needs no gradient
+        P = A
+        for op in reversed(found.way):
+            P = _forth(op, P)
     if found.entry == 0:
-        P, V = step.saved("self"), step.saved("mat2")
         terms = _terms(P, V, h)
     else:
-        V, P = step.saved("self"), step.saved("mat2")
         terms = [t.mT for t in _terms(P.mT, V.mT, h.mT)]
     for op in found.way:
         terms = _back(op, terms)
     first, second, third = terms
-    A = found.softmax.node._saved_result.to(h.dtype)
     return (first - 2 * second + third) * A.square()
 
 
@@ -148,6 +150,19 @@ def _back(op: Operation, terms: list[Tensor]) -> list[Tensor]:
     if op.name in _COPIES:
         return terms
     return [call(op.node, (t,))[0] for t in terms]
+
+
+def _forth(op: Operation, P: Tensor) -> Tensor:
+    """Carry probabilities through an operation that they pass."""
+    if op.name in _DROPOUTS:
+        return P * _mask(op).to(P.dtype)
+    if op.name in _COPIES:
+        return P
+    shape = op.shape(0)
+    place = torch.arange(shape.numel(), dtype=torch.float64, device=P.device).reshape(shape)
+    out = P.new_empty(shape.numel())
+    out[call(op.node, (place,))[0].flatten().long()] = P.flatten()
+    return out.reshape(shape)
 
 
 def _mask(op: Operation) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.context import SuspendBackpack
 from backpack_ext.diagonals.norms import reduced_axes, root_mean_square
-from backpack_ext.diagonals.operation import gradient_edge, made, same, shape_of
+from backpack_ext.diagonals.operation import gradient_edge, made, same, shape_of, turned
 from backpack_ext.diagonals.pointwise import ACTIVATIONS, BY_AUTOGRAD, PIECEWISE_LINEAR
 from backpack_ext.diagonals.rule import Step, crossed, signed
 from backpack_ext.sweep import silent
@@ -102,7 +102,7 @@ def _elementwise(op: Operation, inputs: list[Edge]) -> Composite | None:
     (start,) = edges
     if shape_of(start) != op.shape(0):
         return None
-    return Composite(_by_autograd(gradient_edge(start)), start, tuple(inside))
+    return Composite(_by_autograd(start), start, tuple(inside))
 
 
 def _closed(op: Operation, inside: Iterable[Operation]) -> bool:
@@ -116,11 +116,11 @@ def _reads(of: Operation, by: Iterable[Operation]) -> int:
     return sum(edge is not None and edge[0] is of for o in by for edge in o.inputs)
 
 
-def _by_autograd(edge: GradientEdge) -> Callable[[Step], Tensor]:
+def _by_autograd(start: Edge) -> Callable[[Step], Tensor]:
     """Return the crossing of an elementwise function: autograd's f' and f''."""
 
     def cross(step: Step) -> Tensor:
-        end = GradientEdge(step.node, 0)
+        end, edge = GradientEdge(step.node, 0), gradient_edge(start)
         like = step.g[0] if step.g is not None else step.h[0].to(step.node._input_metadata[0].dtype)
         ones = torch.ones_like(like)
         with torch.enable_grad(), silent(), SuspendBackpack():
@@ -129,9 +129,9 @@ def _by_autograd(edge: GradientEdge) -> Callable[[Step], Tensor]:
             d2 = None
             if curved and d1.requires_grad:
                 options = {"retain_graph": True, "allow_unused": True}
-                (d2,) = torch.autograd.grad([d1], [edge], [ones], **options)
-        dtype = step.dtype
-        return crossed(step, d1.detach().to(dtype), None if d2 is None else d2.to(dtype))
+                (d2,) = torch.autograd.grad([d1], [edge], [turned(start, ones)], **options)
+        d1, d2 = (t if t is None else turned(start, t.detach()).to(step.dtype) for t in (d1, d2))
+        return crossed(step, d1, d2)
 
     return cross
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backpack_ext.context import SuspendBackpack
-from backpack_ext.diagonals.operation import Edge, Operation, gradient_edge, made, same
+from backpack_ext.diagonals.operation import Edge, Operation, gradient_edge, made, same, shape_of, turned
 from backpack_ext.diagonals.unknown import Signs
 from backpack_ext.sweep import silent
 
@@ -67,10 +67,10 @@ def _forks(u: Edge, v: Edge) -> list[Edge]:
 def _back(edge: Edge, forks: Sequence[Edge], vector: Tensor) -> list[Tensor | None]:
     """Return the vector-Jacobian products from an edge to the forks."""
     start = gradient_edge(edge)
-    like = start.node._input_metadata[start.output_nr] if edge[1] >= 0 else edge[0]
-    vector = vector.sum_to_size(like.shape).to(like.dtype)
+    vector = vector.sum_to_size(shape_of(edge)).to(start.node._input_metadata[start.output_nr].dtype)
     if len(forks) == 1 and same(edge, forks[0]):
         return [vector]
     with torch.enable_grad(), silent(), SuspendBackpack():
-        ends = [gradient_edge(fork) for fork in forks]
-        return list(torch.autograd.grad([start], ends, [vector], retain_graph=True, allow_unused=True))
+        ends, options = [gradient_edge(fork) for fork in forks], {"allow_unused": True}
+        found = torch.autograd.grad([start], ends, [turned(edge, vector)], retain_graph=True, **options)
+    return [t if t is None else turned(fork, t) for fork, t in zip(forks, found, strict=True)]

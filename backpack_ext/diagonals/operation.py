@@ -103,9 +103,14 @@ def made(edge: Edge) -> int:
 
 
 def gradient_edge(edge: Edge) -> GradientEdge:
-    """Return the edge as autograd has it; not for transposed parameters."""
+    """Return the edge as autograd has it: for a transposed parameter the parameter's, see `turned`."""
     target, place = edge
     return GradientEdge(target.node, place) if place >= 0 else get_gradient_edge(target)
+
+
+def turned(edge: Edge, t: Tensor) -> Tensor:
+    """Bring what belongs to an edge to the layout that autograd has there, or back."""
+    return t.mT if edge[1] == TURNED else t
 
 
 def same(one: Edge | None, other: Edge | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from backpack_ext.diagonals.rule import Diagonals, Step, call
 
@@ -19,41 +20,31 @@ def average(step: Step) -> Diagonals:
 
 
 def _weights(step: Step) -> Tensor | float:
-    """Return one over the divisor of each output."""
+    """Return one over the divisor of each output: the product of its window's lengths."""
     n, (h,), x = step.node, step.h, step.node._saved_self
-    name = n.name()
-    if name.startswith("Adaptive"):
-        return _adaptive(x.shape[2 - x.dim() % 2 :], h)
-    dims = 3 if "3D" in name else 2
-    kernel, padding = n._saved_kernel_size, n._saved_padding
-    stride = n._saved_stride or kernel
-    if n._saved_divisor_override:
+    dims, adaptive = 3 if "3D" in n.name() else 2, n.name().startswith("Adaptive")
+    if not adaptive and n._saved_divisor_override:
         return 1.0 / n._saved_divisor_override
     weights = h.new_ones(())
     for k in range(dims):
-        axis = k - dims
-        size, out = x.shape[axis], h.shape[axis]
-        start = torch.arange(out, device=h.device) * _at(stride, k) - _at(padding, k)
-        end = (start + _at(kernel, k)).clamp(max=size + _at(padding, k))
-        if not n._saved_count_include_pad:
-            start, end = start.clamp(min=0), end.clamp(max=size)
-        shape = [1] * dims
-        shape[k] = out
-        weights = weights / (end - start).to(h.dtype).reshape(shape)
-    return weights
-
-
-def _adaptive(sizes: torch.Size, h: Tensor) -> Tensor:
-    dims = len(sizes)
-    weights = h.new_ones(())
-    for k, size in enumerate(sizes):
-        out = h.shape[k - dims]
+        size, out = x.shape[k - dims], h.shape[k - dims]
         position = torch.arange(out, device=h.device)
-        start, end = position * size // out, -(-(position + 1) * size // out)
-        shape = [1] * dims
-        shape[k] = out
-        weights = weights / (end - start).to(h.dtype).reshape(shape)
+        if adaptive:
+            length = -(-(position + 1) * size // out) - position * size // out
+        else:
+            length = _lengths(n, k, position, size)
+        weights = weights / length.to(h.dtype).reshape([-1 if a == k else 1 for a in range(dims)])
     return weights
+
+
+def _lengths(n: Node, k: int, position: Tensor, size: int) -> Tensor:
+    """Return how many entries along the k-th axis, of a size, the windows at positions count."""
+    kernel, padding = _at(n._saved_kernel_size, k), _at(n._saved_padding, k)
+    start = position * _at(n._saved_stride or n._saved_kernel_size, k) - padding
+    end = (start + kernel).clamp(max=size + padding)
+    if not n._saved_count_include_pad:
+        start, end = start.clamp(min=0), end.clamp(max=size)
+    return end - start
 
 
 def _at(values: tuple[int, ...], k: int) -> int:

@@ -126,7 +126,6 @@ class Recursion:
         self.arrival = Arrival(weakref.ref(self))
         self.left = 0  # inputs of operations that are parameters and have got nothing yet
         self.hooked = False  # do saved tensors come from hooks (activation checkpointing)?
-        self.replaced: dict[tuple[Operation, int], Tensor] = {}
 
     # ------------------------------------------------------------------ events
 
@@ -136,7 +135,7 @@ class Recursion:
         Args:
             seeds: Edges, each with the diagonal of the loss's Hessian there.
         """
-        if len(seeds) == 1 and self.observe is None and not self.replaced:
+        if len(seeds) == 1 and self.observe is None:
             (edge, h), *_ = seeds
             self._follow(edge.node, edge.output_nr, h)
         else:
@@ -164,17 +163,6 @@ class Recursion:
             if not op.waiting:
                 self.ready.append(op)
         self.run()
-
-    def replace(self, node: Node, entry: int, h: Tensor) -> None:
-        """Have ``h`` arrive at an input of an operation, whatever its rule says."""
-        op = self._explore(node, new := [])
-        self._prepare(new)
-        if (op, entry) in self.replaced:
-            raise RecordingError(
-                "exact_penultimate=True: two losses of one backward pass read the same last "
-                "layer, whose Hessian is known for each alone. Use one backward pass per loss."
-            )
-        self.replaced[op, entry] = h
 
     def arrive(self, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradients at the outputs of an operation that the main pass is about to execute."""
@@ -261,7 +249,7 @@ class Recursion:
                         return None
                     edge = onward = (child, output)
             inputs.append(edge)
-        if rule.joins and len(inputs) - inputs.count(None) > 1:
+        if rule.may_join(inputs):
             return None
         curved = not self.gauss_newton and rule.curved
         if curved and curved is not True:
@@ -338,7 +326,7 @@ class Recursion:
 
     def _prepare(self, new: list[Operation]) -> None:
         """Find what belongs together, and have gradients brought where they are needed."""
-        joins = [op for op in new if op.rule is not None and op.rule.joins and len(op.inputs) > 1]
+        joins = [op for op in new if op.rule is not None and op.rule.may_join(op.inputs)]
         joins.sort(key=_made, reverse=True)  # the outermost first
         for op in joins:
             if op.inside:
@@ -480,8 +468,6 @@ class Recursion:
                 self._give(edge, t, 0)
         if op.extra is not None:
             out, op.extra = [out[0] + op.extra], None
-        if self.replaced:
-            out = [self.replaced.get((op, k), t) for k, t in enumerate(out)]
         rule = op.rule or _ANY
         for edge, t in zip(op.inputs, out, strict=False):
             if edge is not None:

@@ -70,7 +70,8 @@ class DiagonalRule(NamedTuple):
             have the output's shape.
         curved: Whether there is a second term, so that gradients are needed; or, given which inputs are
             needed, whether there is one for them.
-        joins: Whether it may be the end of several operations that are crossed as one.
+        joins: With how many wanted inputs, or more, it may be the end of several operations that are
+            crossed as one; 0 if it never is.
         turns: Whether h at an input that is a transposed parameter comes in the parameter's own layout.
         shaped: Whether h comes in the inputs' shapes, and needs no sum over axes that were broadcast.
         adds: Whether it adds two tensors up.
@@ -79,11 +80,15 @@ class DiagonalRule(NamedTuple):
 
     cross: Callable[[Step], Diagonals]
     curved: bool | Callable[[Sequence[bool]], bool] = False
-    joins: bool = False
+    joins: int = 0
     several: bool = False
     adds: bool = False
     turns: bool = False
     shaped: bool = False
+
+    def may_join(self, inputs: Sequence[object | None]) -> bool:
+        """Return whether it may be such an end, given its inputs, None where nothing is wanted."""
+        return bool(self.joins) and len(inputs) - inputs.count(None) >= self.joins
 
 
 # Filled by diagonals/__init__.py, where the whole table is in sight, and by `register_diagonal_rule`.

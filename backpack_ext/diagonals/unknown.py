@@ -73,12 +73,13 @@ def by_signs(step: Step, signs: Signs, refuse: bool) -> Diagonals:
     if step.g is not None:
         for k, more in enumerate(_curvature(step, signs, refuse)):
             if more is not None:
-                out[k] = more if out[k] is None else out[k] + more
+                # the former has the output's shape where the input was broadcast, the latter the input's
+                out[k] = more if out[k] is None else out[k].sum_to_size(more.shape) + more
     return out
 
 
 def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
-    """Return the second term for each input; None where it is zero."""
+    """Return the second term for each input, in its shape; None where it is zero."""
     node = step.node
     out: list[Tensor | None] = []
     with torch.enable_grad(), silent(), SuspendBackpack():
@@ -95,6 +96,7 @@ def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
                     if all(v is not t for t in g) and v.any():
                         raise RuntimeError("its backward is not differentiable")
                     continue
+                v = v.sum_to_size(edge.node._input_metadata[edge.output_nr].shape)
                 u = signs(v)
                 (Hu,) = torch.autograd.grad([v], [edge], [u], retain_graph=True, allow_unused=True)
             except RuntimeError as error:
