@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from backpack_ext.context import tying
-from backpack_ext.engine import on_diagonal, on_loss
+from backpack_ext.engine import on_loss
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import edge_of
 from backpack_ext.loss_call import KnownDiagonal, LossCall
@@ -71,20 +71,15 @@ def attach_loss(
     return value
 
 
-def tie(value: Tensor, call: LossCall) -> None:
-    """Have a backward pass that reaches a loss's value know what it is."""
-    _hook(value, on_loss, call)
-
-
-def _hook(value: Tensor, react: Callable, call: LossCall | KnownDiagonal) -> None:
-    """Have a function called with the gradient at a tensor; cheaper than a hook on the tensor."""
+def tie(value: Tensor, call: LossCall | KnownDiagonal) -> None:
+    """Have a backward pass that reaches a scalar know what it is."""
     place = value.output_nr
 
     def arrive(grads: tuple[Tensor | None, ...]) -> None:
         if grads[place] is not None:
-            react(call, grads[place])
+            on_loss(call, grads[place])
 
-    value.grad_fn.register_prehook(arrive)
+    value.grad_fn.register_prehook(arrive)  # cheaper than a hook on the tensor
 
 
 def attach_diagonal(
@@ -134,5 +129,5 @@ def attach_diagonal(
         raise ValueError(f"attach_diagonal: outputs of shapes {shapes[0]}, diagonals of {shapes[1]}.")
     if tying():
         seeds = [(edge_of(z), h.detach()) for z, h in zip(outputs, diagonals, strict=True)]
-        _hook(value, on_diagonal, KnownDiagonal(seeds))
+        tie(value, KnownDiagonal(seeds))
     return value

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from operator import add
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from backpack_ext.cuts import Cuts, Data, Probe, answered, cuts_of, readers_of
 from backpack_ext.graph import Capture, Reach, without_upstream
 from backpack_ext.layout import Layout
-from backpack_ext.own_pass import in_a_pass_of_its_own
+from backpack_ext.own_pass import call, in_a_pass_of_its_own
 from backpack_ext.product_layers import Found, product_sites
 from backpack_ext.products import Product, Route, below, find_product
 from backpack_ext.reading import Reading
@@ -38,6 +39,9 @@ from backpack_ext.site import NoChecks, Site, roots
 
 # Entries of the masked cotangents that are formed at once.
 CHUNK = 2**24
+
+# What is carried from a cut to a parameter.
+V = TypeVar("V")
 
 
 class BareRule(ElementwiseRule):
@@ -254,35 +258,69 @@ class _ProductVectors(RouteVectors):
 
 
 def _down(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
-    """Return a cotangent's product with the Jacobian of the route, node by node.
+    """Return a cotangent's product with the Jacobian of the route."""
+
+    def cross(node: Node, given: dict[int, Tensor], _) -> Sequence[Tensor | None]:
+        return call(node, [given.get(k) for k in range(len(node._input_metadata))])
+
+    total = down(node, index, g, route, cross, between, add)
+    if total is None:
+        raise RuntimeError(f"{node.name()} returned no gradient for a parameter behind it.")
+    return total
+
+
+def between(cotangent: Tensor, like) -> Tensor:
+    """Do what the engine does between operations: undo broadcasting and casts.
+
+    Args:
+        cotangent: What an operation returned.
+        like: What autograd knows of the tensor that it belongs to.
+    """
+    cotangent = cotangent.to_dense() if cotangent.is_sparse else cotangent
+    return cotangent.sum_to_size(like.shape).to(like.dtype)
+
+
+def down(
+    node: Node,
+    index: int,
+    value: V,
+    route: Route,
+    cross: Callable[[Node, dict[int, V], Sequence[int]], Sequence[V | None]],
+    fit: Callable[[V, Any], V],
+    add: Callable[[V, V], V],
+) -> V | None:
+    """Carry a value from a cut to the parameter, node by node.
 
     A nested backward pass from the cut would also take ways around the route: an earlier step of a
     recurrent cell reaches the same parameter.
+
+    Args:
+        node: The cut.
+        index: Which of its outputs the value is at.
+        value: The value.
+        route: The way.
+        cross: Maps a node, the values at its outputs, and which of its inputs are on the way, to the
+            values at its inputs; None where there is none.
+        fit: Brings a value to a tensor, as `between` does.
+        add: Adds two values up.
+
+    Returns:
+        The value at the parameter; None if nothing arrived there.
     """
-    nodes: dict[int, Node] = {0: node}
-    arrived: dict[int, dict[int, Tensor]] = {0: {index: g}}
-    total = None
+    nodes, arrived, total = {0: node}, {0: {index: value}}, None
     for place, step in enumerate(route):
         if place not in nodes:
-            continue  # no gradient arrived
-        node, given = nodes[place], arrived.pop(place)
-        arguments = [given.get(k) for k in range(len(node._input_metadata))]
-        # C++ nodes are callable, those of a custom autograd.Function have `apply`
-        found = node(*arguments) if callable(node) else node.apply(*arguments)
-        found = found if isinstance(found, tuple) else (found,)
-        for i, k, target in step:
-            if found[i] is None:
+            continue  # nothing arrived
+        node = nodes[place]
+        found = cross(node, arrived.pop(place), [entry for entry, _, _ in step])
+        for entry, k, target in step:
+            if found[entry] is None:
                 continue
-            child = node.next_functions[i][0]
-            like = child._input_metadata[k]
-            # what the engine does between nodes: undo broadcasting and casts
-            cotangent = found[i].to_dense() if found[i].is_sparse else found[i]
-            cotangent = cotangent.sum_to_size(like.shape).to(like.dtype)
+            child = node.next_functions[entry][0]
+            part = fit(found[entry], child._input_metadata[k])
             if target is None:
-                total = cotangent if total is None else total + cotangent
+                total = part if total is None else add(total, part)
             else:
                 nodes[target], sums = child, arrived.setdefault(target, {})
-                sums[k] = sums[k] + cotangent if k in sums else cotangent
-    if total is None:
-        raise RuntimeError(f"{nodes[0].name()} returned no gradient for a parameter behind it.")
+                sums[k] = add(sums[k], part) if k in sums else part
     return total

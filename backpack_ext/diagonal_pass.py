@@ -14,14 +14,7 @@ from backpack_ext.errors import RecordingError
 from backpack_ext.hesscale import DiagonalHessian
 from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.per_datum import PerDatum
-
-# Operations between a last linear layer and the loss.
-_RESHAPES = (
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "BackwardHookFunctionBackward",
-)
+from backpack_ext.products import RESHAPES
 
 
 class DiagonalPass:
@@ -101,7 +94,7 @@ class DiagonalPass:
 def _last_layer(edge: GradientEdge) -> tuple[Node, int, Tensor] | None:
     """Return the product that ends at an edge, which input of it is the data, and its right factor."""
     node = edge.node
-    while node.name() in _RESHAPES:
+    while node.name() in (*RESHAPES, "BackwardHookFunctionBackward"):
         node = node.next_functions[0][0]
     if node.name() == "AddmmBackward0" and node._saved_alpha == 1:
         found = node, 1, node._saved_mat2

@@ -46,6 +46,7 @@ from backpack_ext.sharing import sharing, sharing_of
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
+from curvature.decomposition import widen
 
 # The running backward passes by graph task. Each is held by its own final callback, so that one
 # that raises is forgotten together with its task.
@@ -69,24 +70,21 @@ def redirect(sink: Callable[[Extension, dict, float], None]):
         _sink = outer
 
 
-def on_loss(call: LossCall, grad: Tensor) -> None:
-    """React to the gradient that arrives at an extended loss's value (a tensor hook)."""
+def on_loss(call: LossCall | KnownDiagonal, grad: Tensor) -> None:
+    """React to the gradient that arrives at an extended loss's value, or at another tied scalar."""
     if Receiver.active is not None:
         return
     extensions = active_extensions()
     if extensions:
-        current_pass(extensions).loss(call, grad)
-    if not keeps_graph():
-        call.release()
-
-
-def on_diagonal(call: KnownDiagonal, grad: Tensor) -> None:
-    """React to the gradient that arrives at a scalar whose Hessian diagonal was given."""
-    if Receiver.active is not None:
-        return
-    extensions = active_extensions()
-    if extensions:
-        current_pass(extensions).diagonal(call, grad)
+        if call.released:
+            raise RecordingError(
+                f"{call.label}: this graph was already differentiated without retain_graph=True."
+            )
+        running = current_pass(extensions)
+        if isinstance(call, LossCall):
+            running.loss(call, grad)
+        else:
+            running.diagonal(call, grad)
     if not keeps_graph():
         call.release()
 
@@ -188,10 +186,6 @@ class BackwardPass(Receiver):
 
     def loss(self, call: LossCall, grad: Tensor) -> None:
         """Check a loss, walk the graph behind it, run the sweeps that were asked for."""
-        if call.released:
-            raise RecordingError(
-                f"{call.label}: this graph was already differentiated without retain_graph=True."
-            )
         seeds = [e for e in self.extensions if e.vectors.kind in ("exact", "mc")]
         scaled = [e for e in self.extensions if e.needs_scale]
         if grad.numel() != 1:
@@ -231,10 +225,6 @@ class BackwardPass(Receiver):
 
     def diagonal(self, call: KnownDiagonal, grad: Tensor) -> None:
         """Start the recursions of Hessian diagonals at a scalar whose diagonal was given."""
-        if call.released:
-            raise RecordingError(
-                f"{call.label}: this graph was already differentiated without retain_graph=True."
-            )
         for ext in self.extensions:
             if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or _sink is not None:
                 what = type(ext).__name__ if _sink is None else "dataset.collect"
@@ -251,9 +241,8 @@ class BackwardPass(Receiver):
         if not self.diagonals:
             return
         with self._quiet(grad.device.type):
-            factor = grad if grad.dim() == 0 else grad.reshape(())
-            if factor.dtype in (torch.float16, torch.bfloat16):
-                factor = factor.float()  # one over the number of terms needs the digits
+            # widened, because one over the number of terms needs the digits
+            factor = widen(grad if grad.dim() == 0 else grad.reshape(()))
             if isinstance(call, LossCall):
                 call.check()
                 factor = factor * call.scale()
@@ -401,12 +390,10 @@ class BackwardPass(Receiver):
             for node in self.outputs:
                 if node not in known and (p := parameter_behind(node, known)) is not None:
                     raise RecordingError(
-                        f"{type(ext).__name__} needs the loss, but the gradient reached a "
-                        "parameter of shape "
-                        f"{tuple(p.shape)} without passing an extended loss. Extend the loss "
-                        "module with "
-                        "backpack_ext.extend, or tie a scalar that no module computes to a loss with "
-                        "backpack_ext.attach_loss, or to a Hessian diagonal with "
+                        f"{type(ext).__name__} needs the loss, but the gradient reached a parameter of "
+                        f"shape {tuple(p.shape)} without passing an extended loss. Extend the loss "
+                        "module with backpack_ext.extend, or tie a scalar that no module computes to a "
+                        "loss with backpack_ext.attach_loss, or to a Hessian diagonal with "
                         "backpack_ext.attach_diagonal."
                     )
 

@@ -203,8 +203,6 @@ class RootHook(Hook):
             if self.argument is not None:
                 given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
                 given = given[self.argument] if self.argument in given else kwargs[self.argument]
-            if self.argument is None and args and isinstance(args[0], Tensor):
-                given = args[0] if args[0].dim() > self.batch_axis else given
             first = next((t for t in _tensors(given) if t.dim() > self.batch_axis), None)
             batch = None if first is None else first.shape[self.batch_axis]
             listed = first is not None and first.dim() == 1 and not first.is_floating_point()

@@ -81,10 +81,9 @@ class DiagonalHessian(Extension):
         if operation not in self._warned:
             self._warned.add(operation)
             warnings.warn(
-                f"{type(self).__name__}: {operation} has no rule. The diagonal crosses it by "
-                "random signs: exact where each input entry feeds one output entry, unbiased but noisy "
-                "elsewhere. Register "
-                "a rule with backpack_ext.register_diagonal_rule.",
+                f"{type(self).__name__}: {operation} has no rule. The diagonal crosses it by random "
+                "signs: exact where each input entry feeds one output entry, unbiased but noisy "
+                "elsewhere. Register a rule with backpack_ext.register_diagonal_rule.",
                 stacklevel=2,
             )
 

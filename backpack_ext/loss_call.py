@@ -13,6 +13,7 @@ from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.graph import edge_of
 from backpack_ext.layout import Layout
 from backpack_ext.losses import LOSSES, CrossEntropyRule, NLLRule, loss_rule
+from curvature.decomposition import widen
 
 if TYPE_CHECKING:
     from backpack_ext.sharing import sharing
@@ -108,8 +109,7 @@ class LossCall:
         if not self.other_edges:
             find = rule.layerwise_diagonal if layerwise else rule.diagonal
             return [(self.start, find(self.module, z, self.y))]
-        others = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.others]
-        found = rule.other_diagonals(self.module, z, self.y, others)
+        found = rule.other_diagonals(self.module, z, self.y, [widen(t) for t in self.others])
         edges = zip((self.start, *self.other_edges), found, strict=True)
         return [(edge, h) for edge, h in edges if edge is not None]
 
@@ -127,8 +127,7 @@ class LossCall:
 
     def _logits(self) -> Tensor:
         """Logits in float32 or above: roots of probabilities need the digits."""
-        z = self.z
-        return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+        return widen(self.z)
 
     def layout(self, batch: int) -> Layout:
         """Return how the data are laid out in the logits."""
@@ -182,7 +181,7 @@ class KnownDiagonal:
 
     def diagonals(self, layerwise: bool = False) -> list[tuple[GradientEdge, Tensor]]:
         """Return the diagonals, in float32 or above."""
-        return [(edge, h.to(torch.promote_types(h.dtype, torch.float32))) for edge, h in self.seeds]
+        return [(edge, widen(h)) for edge, h in self.seeds]
 
     def release(self) -> None:
         """Let go of the graph."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.decomposition import widen
+
 
 def loss_diagonal(
     function: Callable[..., Tensor], *outputs: Tensor, check: bool = True
@@ -53,10 +55,7 @@ def loss_diagonal(
         if z.dim() == 0:
             raise ValueError("loss_diagonal: an argument is a scalar; expected rows, [N, ...].")
     # float16 and bfloat16 would lose what differences of probabilities are made of
-    leaves = [
-        z.detach().to(torch.promote_types(z.dtype, torch.float32)).clone().requires_grad_()
-        for z in outputs
-    ]
+    leaves = [widen(z.detach()).clone().requires_grad_() for z in outputs]
     with torch.enable_grad():
         value = function(*leaves)
         if value.numel() != 1:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 T = TypeVar("T")
 
 _START = torch.zeros((), requires_grad=True)
+
+
+def call(node: Node, arguments: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return an operation's vector-Jacobian product with what arrives at its outputs."""
+    # C++ nodes are callable, those of a custom autograd.Function have `apply`
+    out = node(*arguments) if callable(node) else node.apply(*arguments)
+    return out if isinstance(out, tuple) else (out,)
 
 
 class _Run(torch.autograd.Function):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from backpack_ext.bare import RouteVectors
+from backpack_ext.bare import RouteVectors, between, down
 from backpack_ext.diagonals.recursion import Recursion
 from backpack_ext.diagonals.rule import Diagonals, Step, Unpacking, call, rule_of
 from backpack_ext.diagonals.unknown import by_signs, complex_numbers
@@ -18,7 +19,6 @@ from backpack_ext.extension import Extension
 from backpack_ext.graph import Capture
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.pending import Pending
-from backpack_ext.products import Route
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit
 
@@ -104,61 +104,30 @@ class PerDatum:
         owner = reading.owner(h.shape[reading.axis], N, h.device)
         shape = [1] * h.dim()
         shape[reading.axis] = -1
+        cross = partial(self._cross, site)
         rows = []
         for n in range(N):
             mask = (owner == n).reshape(shape)
-            parts = h * mask, None if g is None else g * mask
-            rows.append(self._cross(site, node, output, parts, vectors.route))
+            pair = h * mask, None if g is None else g * mask
+            found = down(node, output, pair, vectors.route, cross, _between, _add)
+            rows.append(h.new_zeros(site.input().shape) if found is None else found[0])
         return torch.stack(rows).unsqueeze(0)
 
     def _cross(
-        self, site: Site, node: Node, output: int, parts: tuple[Tensor, Tensor | None], route: Route
-    ) -> Tensor:
-        nodes: dict[int, Node] = {0: node}
-        arrived: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {0: {output: parts}}
-        total = None
-        for place, step in enumerate(route):
-            if place not in nodes:
-                continue
-            node, given = nodes[place], arrived.pop(place)
-            if self._is_passed_over(node):
-                raise UnsupportedError(
-                    f"{site.label}: for batch=True its way to the data must not be part of a "
-                    "composition of elementwise operations. Use batch=False."
-                )
-            outputs = range(len(node._input_metadata))
-            hs = [given[k][0] if k in given else None for k in outputs]
-            gs = [given[k][1] if k in given else None for k in outputs]
-            crossed, moved = self._one(node, hs, gs, [entry for entry, _, _ in step])
-            for entry, k, target in step:
-                if crossed[entry] is None:
-                    continue
-                child = node.next_functions[entry][0]
-                like = child._input_metadata[k]
-                new_h = crossed[entry].sum_to_size(like.shape)
-                new_g = moved[entry]
-                if new_g is not None:
-                    new_g = new_g.sum_to_size(like.shape).to(like.dtype)
-                if target is None:
-                    total = new_h if total is None else total + new_h
-                    continue
-                nodes[target], sums = child, arrived.setdefault(target, {})
-                if k in sums:
-                    new_h = sums[k][0] + new_h
-                    new_g = new_g if sums[k][1] is None else sums[k][1] + new_g
-                sums[k] = new_h, new_g
-        return total
-
-    def _one(
-        self, node: Node, hs: Diagonals, gs: Diagonals, entries: Sequence[int]
-    ) -> tuple[Diagonals, Diagonals]:
+        self, site: Site, node: Node, given: dict[int, Pair], entries: Sequence[int]
+    ) -> list[Pair | None]:
         """Carry h and g across one operation."""
-        need = [False] * len(node.next_functions)
-        for entry in entries:
-            need[entry] = True
-        rule, known = rule_of(node), any(g is not None for g in gs)
+        if self._is_passed_over(node):
+            raise UnsupportedError(
+                f"{site.label}: for batch=True its way to the data must not be part of a "
+                "composition of elementwise operations. Use batch=False."
+            )
+        nothing = None, None
+        hs, gs = zip(*(given.get(k, nothing) for k in range(len(node._input_metadata))), strict=True)
+        known = any(g is not None for g in gs)
+        need = [k in entries for k in range(len(node.next_functions))]
         step = Step(node, hs, gs if known else None, need)
-        recursion = self._recursion()
+        rule, recursion = rule_of(node), self._recursion()
 
         def cross() -> Diagonals:
             if rule is None:
@@ -167,4 +136,19 @@ class PerDatum:
 
         # checkpointed tensors are handed out once per pass, and each datum reads them
         crossed = in_a_pass_of_its_own(cross) if Unpacking.once else cross()
-        return crossed, call(node, gs) if known else [None] * len(need)
+        moved = call(node, gs) if known else [None] * len(need)
+        pairs = zip(crossed, moved, strict=False)  # a rule may return less than autograd does
+        return [None if new_h is None else (new_h, new_g) for new_h, new_g in pairs]
+
+
+# h and g at a tensor; None for g where second derivatives are left out.
+Pair = tuple[Tensor, Tensor | None]
+
+
+def _between(pair: Pair, like) -> Pair:
+    h, g = pair
+    return h.sum_to_size(like.shape), None if g is None else between(g, like)
+
+
+def _add(one: Pair, other: Pair) -> Pair:
+    return one[0] + other[0], other[1] if one[1] is None else one[1] + other[1]

@@ -79,6 +79,7 @@ from torch import Tensor
 
 from backpack_ext.attach import attach_diagonal
 from backpack_ext.errors import UnsupportedError
+from curvature.decomposition import widen
 
 REDUCTIONS = ("mean", "sum")
 
@@ -181,13 +182,13 @@ class Categorical(Policy):
             ValueError: If they have another shape.
         """
         self._check(actions)
-        logits = _at_least_float32(self.heads[0])
+        logits = widen(self.heads[0])
         return logits.log_softmax(-1).gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
 
     def derivatives(self, actions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Return the derivatives of `log_prob` with respect to the logits, ``[N, C]`` each."""
         self._check(actions)
-        q = _at_least_float32(self.heads[0].detach()).softmax(-1)
+        q = widen(self.heads[0].detach()).softmax(-1)
         first = -q
         first.scatter_add_(-1, actions.long().unsqueeze(-1), torch.ones_like(q[..., :1]))
         return [(first, q.square() - q)]
@@ -204,7 +205,7 @@ class Categorical(Policy):
         return [-q * ((1 - 2 * q) * (log_q + H) + 1 - q)]
 
     def _log_probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = _at_least_float32(logits).log_softmax(-1)
+        log_q = widen(logits).log_softmax(-1)
         # 0 log 0 = 0, also in the derivatives
         return log_q.exp(), log_q.clamp(min=torch.finfo(log_q.dtype).min)
 
@@ -284,13 +285,13 @@ class Gaussian(Policy):
         Raises:
             ValueError: If they have another shape than the mean, or require a gradient.
         """
-        mean, log_std = map(_at_least_float32, self.heads)
+        mean, log_std = map(widen, self.heads)
         square = self._u(mean, log_std, actions).square()
         return -(square / 2 + log_std + math.log(2 * math.pi) / 2).sum(-1)
 
     def derivatives(self, actions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Return the derivatives of `log_prob` with respect to each entry of both heads."""
-        mean, log_std = (_at_least_float32(z.detach()) for z in self.heads)
+        mean, log_std = (widen(z.detach()) for z in self.heads)
         u, precision = self._u(mean, log_std, actions), (-2 * log_std).exp()
         square = u.square()
         of_log_std = tuple(t.sum_to_size(log_std.shape) for t in (square - 1, -2 * square))
@@ -298,7 +299,7 @@ class Gaussian(Policy):
 
     def entropy(self) -> Tensor:
         """Return ``sum_d (s_d + log(2 pi e) / 2)``, ``[N]``."""
-        log_std = _at_least_float32(self.heads[1]).expand_as(self.heads[0])
+        log_std = widen(self.heads[1]).expand_as(self.heads[0])
         return (log_std + math.log(2 * math.pi * math.e) / 2).sum(-1)
 
     def entropy_diagonals(self) -> Sequence[Tensor]:
@@ -508,10 +509,6 @@ def _check_detached(name: str, what: str, t: Tensor) -> None:
             f"{name}: {what} require a gradient, but the Hessian is that of a loss in which they are "
             "constants. Detach them."
         )
-
-
-def _at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _no_entropy(policy: Policy) -> UnsupportedError:

@@ -78,7 +78,7 @@ SELECTIONS: dict[str, tuple[str, ...]] = {
 _IDENTITIES = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")
 
 # Operations between a product and the addition of its bias.
-_RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 # Parameters that are several layers of equal size, one above the other, by their module's class.
 STACKED: dict[type[nn.Module], dict[str, int]] = {
@@ -390,7 +390,7 @@ def _below(node: Node, entry: int, readers: Mapping[tuple[Node, int], Sequence[N
             return None
         if child.name() in PRODUCTS:
             return child
-        if child.name() not in _RESHAPES:
+        if child.name() not in RESHAPES:
             return None
         child, index = child.next_functions[0]
     return None

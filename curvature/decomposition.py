@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def widen(t: Tensor) -> Tensor:
-    """Return a tensor in float32 or above: decompositions need the digits."""
+    """Return a tensor in float32 or above, where digits are needed: in decompositions, say."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 

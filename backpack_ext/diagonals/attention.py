@@ -24,6 +24,7 @@ from backpack_ext.diagonals.operation import shape_of
 from backpack_ext.diagonals.rule import Diagonals, Step, call, signed
 from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.errors import UnsupportedError
+from backpack_ext.products import RESHAPES
 
 if TYPE_CHECKING:
     from backpack_ext.diagonals.operation import Edge, Operation
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 # Where the probabilities of an attention may pass on their way to the product with the values.
 _RESHAPES = (
-    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0"),
+    *(*RESHAPES, "ExpandBackward0"),
     *("UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2"),
     *("SqueezeBackward3", "SqueezeBackward4"),
 )
@@ -188,11 +189,12 @@ def fused(step: Step) -> Diagonals:
     if repeats > 1:  # several query heads share one of keys and values
         K, V = (t.repeat_interleave(repeats, -3) for t in (K, V))
     A = _probabilities(n, Q, K, scale)
-    h_V = A.square().mT @ h if need[2] else None
+    A2 = A.square()
+    h_V = A2.mT @ h if need[2] else None
     h_Q = h_K = None
     if need[0] or need[1]:
         first, second, third = _terms(A, V, h)
-        h_S = (first - 2 * second + third) * A.square()
+        h_S = (first - 2 * second + third) * A2
         if g is not None:
             h_S += softmax_curvature(A, g @ V.mT)
         h_S *= scale**2

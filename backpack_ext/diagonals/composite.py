@@ -200,23 +200,21 @@ def _unit_vectors(op: Operation, name: str) -> Composite | None:
     """Find ``x / max(norm(x), eps)``, as in ``F.normalize``, and ``x / norm(x)``."""
     if name != "DivBackward0":
         return None
-    start, edge = op.inputs
-    inside, eps = [], 0.0
-    for names in (("ExpandBackward0",), ("ClampMinBackward0",), ("LinalgVectorNormBackward0",)):
-        if edge is None or edge[1] < 0:
+    (start, edge), inside, eps = op.inputs, [], 0.0
+    while edge[1] >= 0:
+        last = edge[0]
+        inside.append(last)
+        edge = last.inputs[0]
+        if last.name == "LinalgVectorNormBackward0":
+            norm = last.node
+            fits = norm._saved_ord == 2 and norm._saved_keepdim and op.shape(0) == shape_of(start)
+            found = Composite(_of_unit_vectors(norm, eps), start, tuple(inside))
+            return found if fits and same(edge, start) else None
+        if last.name == "ClampMinBackward0":
+            eps = float(last.node._saved_min)
+        elif last.name != "ExpandBackward0":
             return None
-        if edge[0].name in names:
-            inside.append(edge[0])
-            edge = edge[0].inputs[0]
-    last = inside[-1].node if inside else None
-    if last is None or last.name() not in names or not same(edge, start):
-        return None
-    if last._saved_ord != 2 or not last._saved_keepdim or op.shape(0) != shape_of(start):
-        return None
-    for o in inside:
-        if o.name == "ClampMinBackward0":
-            eps = float(o.node._saved_min)
-    return Composite(_of_unit_vectors(last, eps), start, tuple(inside))
+    return None
 
 
 def _of_unit_vectors(norm: Node, eps: float) -> Callable[[Step], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -170,70 +172,57 @@ def transpose(step: Step) -> Diagonals:
 
 def mm(step: Step) -> Diagonals:
     """Cross ``A B``: ``h (B o B)^T`` and ``(A o A)^T h``; one matrix or a batch of them."""
-    (h,), need = step.h, step.need
-    out: list[Tensor | None] = [None, None]
-    if need[0]:
-        out[0] = h @ step.saved("mat2").square().mT
-    if need[1]:
-        out[1] = _right_factor(h, step.saved("self"), need[1])
-    return out
-
-
-def _right_factor(h: Tensor, left: Tensor, need: bool | int) -> Tensor:
-    """Return ``(A o A)^T h``, or its transpose for a transposed parameter."""
-    turned = h.mT @ left.square()
-    return turned if need == TURNED else turned.mT
+    return _factors(step, step.h[0], step.need, "self", "mat2")
 
 
 def addmm(step: Step) -> Diagonals:
     """Cross ``beta C + alpha A B``."""
-    (h,), n, need = step.h, step.node, step.need
-    a, b = n._saved_alpha, n._saved_beta
-    out: list[Tensor | None] = [None, None, None]
-    if need[0]:
-        out[0] = h if b == 1 else h * b**2
-    if a != 1:
-        h = h * a**2
-    if need[1]:
-        out[1] = F.linear(h, step.saved("mat2").square())  # times the transpose
-    if need[2]:
-        out[2] = _right_factor(h, step.saved("mat1"), need[2])
-    return out
+    return _sum_and(_factors, step, "mat1", "mat2")
 
 
 def baddbmm(step: Step) -> Diagonals:
     """Cross ``beta C + alpha A B`` of batches of matrices."""
-    (h,), n, need = step.h, step.node, step.need
-    out: list[Tensor | None] = [h * n._saved_beta**2 if need[0] else None, None, None]
-    h = h * n._saved_alpha**2
-    if need[1]:
-        out[1] = h @ step.saved("batch2").square().mT
-    if need[2]:
-        out[2] = (h.mT @ step.saved("batch1").square()).mT
-    return out
+    return _sum_and(_factors, step, "batch1", "batch2")
 
 
 def mv(step: Step) -> Diagonals:
     """Cross ``A x``."""
-    (h,), need = step.h, step.need
-    out: list[Tensor | None] = [None, None]
-    if need[0]:
-        out[0] = h[:, None] * step.saved("vec").square()
-    if need[1]:
-        out[1] = step.saved("self").square().T @ h
-    return out
+    return _matrix_and_vector(step, step.h[0], step.need, "self", "vec")
 
 
 def addmv(step: Step) -> Diagonals:
     """Cross ``beta c + alpha A x``."""
+    return _sum_and(_matrix_and_vector, step, "mat", "vec")
+
+
+def _sum_and(product: Callable[..., list[Tensor | None]], step: Step, *names: str) -> Diagonals:
+    """Cross ``beta C + alpha P`` with a product P."""
     (h,), n, need = step.h, step.node, step.need
-    out: list[Tensor | None] = [h * n._saved_beta**2 if need[0] else None, None, None]
-    h = h * n._saved_alpha**2
+    a, b = n._saved_alpha, n._saved_beta
+    first = None if not need[0] else h if b == 1 else h * b**2
+    return [first, *product(step, h if a == 1 else h * a**2, need[1:], *names)]
+
+
+def _factors(step: Step, h: Tensor, need: Sequence[bool], left: str, right: str) -> list[Tensor | None]:
+    """Return ``h (B o B)^T`` and ``(A o A)^T h``, the latter transposed for a transposed parameter."""
+    out: list[Tensor | None] = [None, None]
+    if need[0]:
+        B2 = step.saved(right).square()
+        out[0] = F.linear(h, B2) if h.dim() == 2 else h @ B2.mT  # `linear` transposes by itself
     if need[1]:
-        out[1] = h[:, None] * step.saved("vec").square()
-    if need[2]:
-        out[2] = step.saved("mat").square().T @ h
+        turned = h.mT @ step.saved(left).square()
+        out[1] = turned if need[1] == TURNED else turned.mT
     return out
+
+
+def _matrix_and_vector(
+    step: Step, h: Tensor, need: Sequence[bool], matrix: str, vector: str
+) -> list[Tensor | None]:
+    """Return ``h (x o x)^T`` and ``(A o A)^T h``."""
+    return [
+        h[:, None] * step.saved(vector).square() if need[0] else None,
+        step.saved(matrix).square().T @ h if need[1] else None,
+    ]
 
 
 def dot(step: Step) -> Diagonals:

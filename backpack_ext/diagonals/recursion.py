@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack_ext.diagonals.attention import attention_of, attention_scores
 from backpack_ext.diagonals.composite import composite_of
 from backpack_ext.diagonals.crossing import cross_terms
-from backpack_ext.diagonals.operation import LEAF, Edge, Operation, leaf_edge
+from backpack_ext.diagonals.operation import Edge, Operation, leaf_edge
 from backpack_ext.diagonals.rule import (
     TURNED,
     DiagonalRule,
@@ -39,6 +39,7 @@ from backpack_ext.diagonals.unknown import by_signs, check_known
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.sweep import Receiver
+from curvature.decomposition import widen
 
 _ANY = DiagonalRule(lambda step: step.h)
 
@@ -149,7 +150,7 @@ class Recursion:
             if not leaf:
                 starts.append((self._explore(edge.node, new), edge.output_nr, h))
             elif leaf is not True:
-                self._collect(leaf[0], h if leaf[1] == LEAF else h.mT)
+                self._collect(leaf, h)
         for op, _, _ in starts:
             if op.inside:
                 self._dissolve(op)
@@ -251,21 +252,18 @@ class Recursion:
             inputs.append(edge)
         if rule.may_join(inputs):
             return None
-        curved = not self.gauss_newton and rule.curved
-        if curved and curved is not True:
-            curved = curved([edge is not None for edge in inputs])
+        curved = not self.gauss_newton and rule.curves(inputs)
         return Link(node, rule, inputs, onward, h, curved)
 
     def _beyond(self, link: Link, grads: Diagonals | None) -> tuple[Node, int, Tensor] | None:
         """Cross an operation of a chain; return what follows."""
         node, rule, inputs, onward, h, _ = link
-        need = [edge is not None and (edge[1] != TURNED or TURNED) for edge in inputs]
         found = None
-        for edge, t in zip(inputs, rule.cross(Step(node, (h,), grads, need)), strict=False):
+        for edge, t in zip(inputs, rule.cross(Step(node, (h,), grads, _need(inputs))), strict=False):
             if edge is None or t is None:
                 continue
             if edge[1] < 0:
-                self._collect(edge[0], t if edge[1] == LEAF or rule.turns else t.mT)
+                self._collect(edge, t, rule.turns)
             else:
                 found = t
         if onward is None:
@@ -352,11 +350,7 @@ class Recursion:
 
     def _watch(self, op: Operation) -> None:
         """Have the gradient at an operation brought, if it has a second derivative."""
-        curved, rule = True, op.rule
-        if op.composite is None and rule is not None:
-            curved = rule.curved
-            if curved is not True and curved is not False:
-                curved = curved([edge is not None for edge in op.inputs])
+        curved = op.composite is not None or op.rule is None or op.rule.curves(op.inputs)
         if (curved or op.node in self.watched) and not op.watched:
             op.watched = True
             handle = op.node.register_prehook(self.arrival)
@@ -442,9 +436,8 @@ class Recursion:
                 self._pass_on(op, [None] * len(op.inputs))
                 return
             # what reads it has no curvature, but it has
-            hs = [None if g is None else torch.zeros_like(g, dtype=_wide(g.dtype)) for g in grads]
-        need = [edge is not None and (edge[1] != TURNED or TURNED) for edge in op.inputs]
-        step = Step(op.node, hs, grads, need)
+            hs = [None if g is None else torch.zeros_like(widen(g)) for g in grads]
+        step = Step(op.node, hs, grads, _need(op.inputs))
         if op.composite is not None:
             self._give(op.composite.start, op.composite.cross(step), 0)
             self._pass_on(op, [None] * len(op.inputs))
@@ -495,18 +488,21 @@ class Recursion:
         if place < 0:
             self.left -= reads
             if h is not None:
-                self._collect(target, h if place == LEAF or turned else h.mT)
+                self._collect(edge, h, turned)
             return
         if h is not None:
             if not shaped and h.shape != (shape := target.node._input_metadata[place].shape):
                 h = h.sum_to_size(shape)
-            old = target.h.get(place)
-            target.h[place] = h if old is None else old + h
+            target.add(place, h)
         target.waiting -= reads
         if not target.waiting and reads:
             self.ready.append(target)
 
-    def _collect(self, p: nn.Parameter, h: Tensor) -> None:
+    def _collect(self, edge: Edge, h: Tensor, turned: bool = False) -> None:
+        """Add h at a parameter; ``turned`` says that it comes in the layout of the parameter itself."""
+        p, place = edge
+        if place == TURNED and not turned:
+            h = h.mT
         given, shape = h.shape, p.shape
         if given != shape:
             if len(shape) == 1 and len(given) == 2 and given[1] == shape[0]:  # a bias; faster
@@ -521,8 +517,9 @@ def _made(op: Operation) -> int:
     return op.node._sequence_nr()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _need(inputs: Sequence[Edge | None]) -> list[bool]:
+    """Return for which inputs of an operation h is wanted, as in `Step`."""
+    return [edge is not None and (edge[1] != TURNED or TURNED) for edge in inputs]
 
 
 # For each type of node the names of tensors that it saves.

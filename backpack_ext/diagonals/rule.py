@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from backpack_ext import own_pass
 from backpack_ext.own_pass import in_a_pass_of_its_own
 
 # Diagonals, or gradients, at the outputs (or inputs) of an operation; None where there is none.
@@ -85,6 +86,12 @@ class DiagonalRule(NamedTuple):
     adds: bool = False
     turns: bool = False
     shaped: bool = False
+
+    def curves(self, inputs: Sequence[object | None]) -> bool:
+        """Return whether gradients are needed, given its inputs, None where nothing is wanted."""
+        if callable(self.curved):
+            return self.curved([edge is not None for edge in inputs])
+        return self.curved
 
     def may_join(self, inputs: Sequence[object | None]) -> bool:
         """Return whether it may be such an end, given its inputs, None where nothing is wanted."""
@@ -162,24 +169,17 @@ class Unpacking:
 
 
 def call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
-    """Return an operation's vector-Jacobian product."""
-    # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    function = node
-    if not callable(node):
-        function = node.apply
-        if len(arguments) > 1:  # autograd hands zeros to it where there is no gradient
-            arguments = _materialized(node, arguments)
-    for k, t in enumerate(arguments):
-        if t is not None:
-            dtype = node._input_metadata[k].dtype
-            return (
-                _call(function, arguments) if t.dtype == dtype else _widely(function, arguments, dtype)
-            )
-    return _call(function, arguments)
+    """Return an operation's vector-Jacobian product, in whatever precision it was computed."""
+    if not callable(node) and len(arguments) > 1:
+        arguments = _materialized(node, arguments)
+    k, first = next(((k, t) for k, t in enumerate(arguments) if t is not None), (0, None))
+    if first is None or first.dtype == (dtype := node._input_metadata[k].dtype):
+        return _call(node, arguments)
+    return _widely(node, arguments, dtype)
 
 
 def _materialized(node: Node, arguments: Diagonals) -> Diagonals:
-    """Return the arguments with zeros where there is none."""
+    """Return the arguments with zeros where there is none, as autograd does for custom functions."""
     like = next(t for t in arguments if t is not None)
     return [
         like.new_zeros(to.shape) if t is None else t
@@ -187,27 +187,25 @@ def _materialized(node: Node, arguments: Diagonals) -> Diagonals:
     ]
 
 
-def _call(function: Callable, arguments: Diagonals) -> tuple[Tensor | None, ...]:
+def _call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
     if Unpacking.once:
-        out = in_a_pass_of_its_own(partial(function, *arguments))
-    else:
-        out = function(*arguments)
-    return out if isinstance(out, tuple) else (out,)
+        return in_a_pass_of_its_own(partial(own_pass.call, node, arguments))
+    return own_pass.call(node, arguments)
 
 
 # How many numbers of a lower precision make one of float32: three of bfloat16.
 _PIECES = 3
 
 
-def _widely(function: Callable, arguments: Diagonals, low: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Call a linear function of an operation in lower precision with arguments in a higher one.
+def _widely(node: Node, arguments: Diagonals, low: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Call an operation in lower precision with arguments in a higher one.
 
     Some kernels take that, some refuse it, some round the result. For the latter two the arguments are
     cut into pieces of the lower precision, whose results are added up in the higher one.
     """
     wide = next(t.dtype for t in arguments if t is not None)
     try:
-        out = _call(function, arguments)
+        out = _call(node, arguments)
         if all(t is None or t.dtype == wide for t in out):
             return out
     except RuntimeError:  # refused
@@ -218,7 +216,7 @@ def _widely(function: Callable, arguments: Diagonals, low: torch.dtype) -> tuple
         arguments = [
             None if t is None else t - p.to(wide) for t, p in zip(arguments, pieces, strict=True)
         ]
-        out = [None if t is None else t.to(wide) for t in _call(function, pieces)]
+        out = [None if t is None else t.to(wide) for t in _call(node, pieces)]
         total = [
             a if b is None else b if a is None else a + b
             for a, b in zip(total or [None] * len(out), out, strict=True)

@@ -101,9 +101,8 @@ def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
                 (Hu,) = torch.autograd.grad([v], [edge], [u], retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise UnsupportedError(
-                    f"{node.name()} has no rule for Hessian diagonals and cannot be "
-                    "differentiated twice "
-                    f"({error}). Register its derivatives with backpack_ext.register_activation "
+                    f"{node.name()} has no rule for Hessian diagonals and cannot be differentiated "
+                    f"twice ({error}). Register its derivatives with backpack_ext.register_activation "
                     "or a rule with backpack_ext.register_diagonal_rule, or use gauss_newton=True."
                 ) from error
             if Hu is None:
@@ -111,9 +110,8 @@ def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
             if refuse:
                 raise UnsupportedError(
                     f"{node.name()} has no rule for Hessian diagonals, and its second derivative "
-                    "would be "
-                    'estimated with random signs, which on_curved_glue="raise" refuses. Register a rule '
-                    "with backpack_ext.register_diagonal_rule."
+                    'would be estimated with random signs, which on_curved_glue="raise" refuses. '
+                    "Register a rule with backpack_ext.register_diagonal_rule."
                 )
             out[k] = (u * Hu).to(step.dtype)
     return out

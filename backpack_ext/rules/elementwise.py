@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backpack_ext.errors import RecordingError
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
+from curvature.decomposition import widen
 
 
 class ElementwiseRule(Rule):
@@ -51,8 +51,7 @@ class ElementwiseRule(Rule):
 
     def inputs(self, site: Site) -> Tensor:
         """Return ``a[n,s,d]``, in float32 or above."""
-        x = site.input()
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = widen(site.input())
         axes = self.feature_axes(site.module)
         return site.rows(self._features_last(self.normalized(site, x)), axes).flatten(2)
 
