@@ -8,13 +8,12 @@ import weakref
 
 import pytest
 import torch
+from optimizers import make_data, make_params, run
 from torch import nn
 
 from backpack_ext import DiagGGN, HesScale, backpack, extend
 from optim import AdaHesScale, CurvatureOptimizer
-from optim.state import by_device_and_dtype, state_dtype
-
-SHAPES = [(3, 2), (4,), ()]
+from optim.state import by_device_and_dtype
 
 
 def reference(p, grads, diagonals, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.0, sign=1):
@@ -34,28 +33,6 @@ def reference_tensor(p, grads, diagonals, **options):
         for i, x in enumerate(p.double().flatten().tolist())
     ]
     return torch.tensor(numbers, dtype=torch.float64).view(p.shape)
-
-
-def make_params(dtype=torch.float64, shapes=SHAPES):
-    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
-
-
-def make_data(params, steps):
-    """Return gradients and diagonals, for each step a list over the parameters."""
-    return [
-        (
-            [torch.randn_like(p) for p in params],
-            [torch.randn_like(p, dtype=state_dtype(p)) for p in params],
-        )
-        for _ in range(steps)
-    ]
-
-
-def run(opt, params, data):
-    for grads, diagonals in data:
-        for p, g, h in zip(params, grads, diagonals, strict=True):
-            p.grad, p.hesscale = g.clone(), h.clone()
-        opt.step()
 
 
 def put(p, g=1.0, h=1.0):

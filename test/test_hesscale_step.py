@@ -7,13 +7,11 @@ import pickle
 
 import pytest
 import torch
+from optimizers import make_data, make_params, put_all, run
 from torch import nn
 
 from backpack_ext import DiagGGN, HesScale, backpack, extend
 from optim import AdaHesScale, CurvatureOptimizer, HesScaleStep
-from optim.state import state_dtype
-
-SHAPES = [(3, 2), (4,), ()]
 
 INNER = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.3, momentum=0.9),
@@ -24,34 +22,8 @@ INNER = {
 }
 
 
-def make_params(dtype=torch.float64, shapes=SHAPES):
-    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
-
-
 def clones(params):
     return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def make_data(params, steps):
-    """Return gradients and diagonals, for each step a list over the parameters."""
-    return [
-        (
-            [torch.randn_like(p) for p in params],
-            [torch.randn_like(p, dtype=state_dtype(p)) for p in params],
-        )
-        for _ in range(steps)
-    ]
-
-
-def put(params, grads, diagonals):
-    for p, g, h in zip(params, grads, diagonals, strict=True):
-        p.grad, p.hesscale = g.clone(), h.clone()
-
-
-def run(opt, params, data):
-    for grads, diagonals in data:
-        put(params, grads, diagonals)
-        opt.step()
 
 
 class Twin:
@@ -65,7 +37,7 @@ class Twin:
 
     def step(self, grads, diagonals):
         before = [p.detach().flatten().tolist() for p in self.params]
-        put(self.params, grads, diagonals)
+        put_all(self.params, grads, diagonals)
         self.opt.step()
         self.t += 1
         T = 0.0
@@ -110,7 +82,7 @@ def test_formula(make, delta, beta2):
     twin = Twin(params, make, delta, beta2)
     opt = HesScaleStep(make(params), delta, beta2)
     for grads, diagonals in make_data(params, 5):
-        put(params, grads, diagonals)
+        put_all(params, grads, diagonals)
         opt.step()
         twin.step(grads, diagonals)
         assert opt.factor.shape == () and opt.factor.item() == pytest.approx(twin.factor)
@@ -151,7 +123,7 @@ def test_no_curvature_leaves_the_step_alone():
     (p,) = make_params(shapes=[(3,)])
     before = p.detach().clone()
     opt = HesScaleStep(torch.optim.SGD([p], lr=1.0), delta=1e-6)
-    put([p], [torch.ones_like(p)], [torch.zeros_like(p)])
+    put_all([p], [torch.ones_like(p)], [torch.zeros_like(p)])
     opt.step()
     assert opt.factor == 1
     torch.testing.assert_close(p.detach(), before - 1)
@@ -188,10 +160,10 @@ def test_skips_parameters_without_gradient():
     opt = HesScaleStep(torch.optim.SGD([p, q], lr=1.0), delta=1e-3)
     before = q.detach().clone()
     ones = torch.ones_like(p)
-    put([p], [ones], [ones])
+    put_all([p], [ones], [ones])
     opt.step()
     assert torch.equal(q, before)
-    put([p, q], [ones] * 2, [ones] * 2)
+    put_all([p, q], [ones] * 2, [ones] * 2)
     opt.step()
     own = opt.state_dict()["hesscale_step"]["state"]
     assert [own[i]["step"].item() for i in (0, 1)] == [2, 1]
@@ -231,7 +203,7 @@ def test_schedulers(on_wrapper):
     scheduler = torch.optim.lr_scheduler.StepLR(opt if on_wrapper else opt.optimizer, 1, gamma=0.5)
     for lr in (1.0, 0.5, 0.25):
         before = p.detach().clone()
-        put([p], [torch.ones_like(p)], [torch.ones_like(p)])
+        put_all([p], [torch.ones_like(p)], [torch.ones_like(p)])
         opt.step()
         torch.testing.assert_close(p.detach(), before - lr)
         scheduler.step()
@@ -397,10 +369,10 @@ def test_accumulation_over_parts_is_the_sum(problem, make):
 def test_zero_grad_forgets_what_was_accumulated():
     p = nn.Parameter(torch.zeros(1))
     opt = HesScaleStep(AdaHesScale([p], lr=1.0), delta=1e9)
-    put([p], [torch.ones(1)], [torch.full((1,), 100.0)])
+    put_all([p], [torch.ones(1)], [torch.full((1,), 100.0)])
     opt.accumulate()
     opt.zero_grad()
-    put([p], [torch.ones(1)], [torch.full((1,), 2.0)])
+    put_all([p], [torch.ones(1)], [torch.full((1,), 2.0)])
     opt.step()
     torch.testing.assert_close(p.data, torch.tensor([-0.5]))
     torch.testing.assert_close(
