@@ -245,6 +245,19 @@ def test_gradients_of_some_inputs(double):
         assert not p.hesscale.requires_grad
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_each_datum_with_a_token_twice(mode: str, double):
+    """A token that a bag has k times counts k^2 times in it, as in a dense layer of counts."""
+    model, loss_fn = extend(nn.EmbeddingBag(5, 3, mode=mode)), extend(nn.MSELoss(reduction="sum"))
+    tokens = torch.tensor([[0, 1, 1, 4], [2, 2, 2, 2]])
+    with backpack(HesScale(), HesScale(batch=True)):
+        loss_fn(model(tokens), torch.randn(2, 3)).backward()
+    counts = F.one_hot(tokens, 5).sum(1).double() / (1 if mode == "sum" else 4)
+    expected = 2 * counts.square()[:, :, None].expand(2, 5, 3)
+    torch.testing.assert_close(model.weight.hesscale_batch, expected)
+    torch.testing.assert_close(model.weight.hesscale, expected.sum(0))
+
+
 def test_the_graph_is_freed():
     model, x, y = problem("block")
     loss_fn, kept = extend(CE()), []
