@@ -44,7 +44,7 @@ class Factor(ABC):
 
     @abstractmethod
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        r"""Return :math:`V c` for the rows c of ``coefficients[k, q]``, ``[k, *shape]`` per parameter."""
+        r"""Return :math:`V c` for rows c of ``coefficients[k, q]``, ``[k, *shape]`` per parameter."""
 
     @abstractmethod
     def project(self, *vectors: Tensor) -> Tensor:
