@@ -236,7 +236,8 @@ def noise_damping(base: float = 0.0, strength: float = 1.0) -> DampingRule:
                 f"noise_damping: a variance over {len(gamma)} data is not defined; expected at least "
                 "two. Use a larger mini-batch, or a constant damping."
             )
-        mean, error = gamma.mean(0), gamma.var(0) / len(gamma)
+        mean = gamma.mean(0)
+        error = (gamma - mean).square().sum(0) / (len(gamma) * (len(gamma) - 1))
         # neither slope nor noise: 0 / 0, no reason to damp; strength 0 ignores infinite ratios
         known = (error > 0) & (strength > 0)
         ratio = torch.where(known, error / mean.square(), torch.zeros_like(error))

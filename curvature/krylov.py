@@ -1,11 +1,21 @@
 r"""The largest eigenpairs of a symmetric matrix, where few of many are wanted.
 
 A block Krylov method with a random start, full re-orthogonalisation and two checks: residuals, and a
-Cholesky decomposition which proves that no larger eigenvalue was missed. It gives up early where it would
-not win.
+Cholesky decomposition which proves that no larger eigenvalue was missed. It gives up early where it
+would not win.
 
 Measured against `torch.linalg.eigh` (k = 10, float64, one thread, medians of alternating runs; ratio of
-times, and what giving up costs where the spectrum is flat at its upper end):
+times):
+
+    spectrum                                q = 1000    1280    2000
+    that of a small network's GGN               0.07*   0.34    0.20
+    1, 1/2, 1/3, ...                            0.34    0.17    0.20
+    a decade per 20 eigenvalues                 0.23    0.29    0.17
+    Gaussian columns (gives up)                 0.05*   0.08*   0.07*
+
+(* it gives up: added to the time of the full decomposition). At q = 288, 576 and 640 it won nothing (0.4
+to 0.8 where it converged, and up to 1 more where it did not), and `torch.lobpcg` took 2 to 7 times
+as long as the full decomposition up to 640, with errors of up to 1e-7.
 """
 
 from __future__ import annotations
@@ -15,8 +25,8 @@ from torch import Tensor
 
 # Below this size a full decomposition is as fast.
 MIN_SIZE = 1000
-# Largest residual of an eigenpair, and gap up to which eigenvalues count as equal, relative to the largest
-# eigenvalue.
+# Largest residual of an eigenpair, and gap up to which eigenvalues count as equal; both relative to the
+# largest eigenvalue.
 RESIDUAL, GAP = 1e-12, 1e-10
 # Residuals above which it gives up, after these fractions of all steps.
 PACE = ((1 / 4, 1e-3), (3 / 8, 1e-5), (1 / 2, 1e-7), (5 / 8, 1e-9), (3 / 4, 1e-10), (1, RESIDUAL))
@@ -30,8 +40,8 @@ def largest(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         k: Number of eigenpairs.
 
     Returns:
-        The eigenpairs, or None if a full decomposition is the better way: the matrix is small, k is large, or
-        the method does not converge fast.
+        The eigenpairs, or None if a full decomposition is the better way: the matrix is small, k is
+        large, or the method does not converge fast.
     """
     q, b = len(matrix), k + 4
     if q < MIN_SIZE or 50 * k > q or matrix.dtype != torch.float64:
@@ -46,8 +56,9 @@ def largest(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     scale = float(product.norm())
     for step in range(2, most + 1):
         W, R = torch.linalg.qr(product - Q @ (Q.mT @ product))
-        # an invariant subspace has no further directions, only rounding
-        exhausted = float(R.diagonal().abs().min()) <= 1e-12 * scale
+        # where the subspace is invariant there are no further directions, only rounding
+        W = W[:, R.diagonal().abs() > 1e-12 * scale]
+        exhausted = not W.shape[1]
         if not exhausted:
             W = torch.linalg.qr(W - Q @ (Q.mT @ W)).Q
             product = matrix @ W

@@ -532,8 +532,8 @@ def _checked(factor: Factor, owner: Tensor | None, data: int | None) -> tuple[Te
     if not integers or owner.shape != (q,) or (q and not 0 <= owner.min() <= owner.max() < data):
         found = f"{tuple(owner.shape)} of {owner.dtype}" if isinstance(owner, Tensor) else repr(owner)
         raise ValueError(
-            f"LowRank: owner is {found}; expected a torch.int64 tensor [{q}], one entry per column, each "
-            f"in 0, ..., {data - 1}."
+            f"LowRank: owner is {found}; expected a torch.int64 tensor [{q}], one entry per column, "
+            f"each in 0, ..., {data - 1}."
         )
     return owner.to(factor.device), data
 
