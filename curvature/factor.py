@@ -183,7 +183,8 @@ class DenseFactor(Factor):
 
     @property
     def _flat(self) -> Tensor:
-        return self.rows.reshape(len(self.rows), -1)
+        # -1 would be ambiguous where there are no columns
+        return self.rows.reshape(len(self.rows), self.rows.shape[1:].numel())
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
@@ -193,7 +194,7 @@ class DenseFactor(Factor):
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
         (w,) = vectors
-        return w.reshape(len(w), -1).to(self.rows.dtype) @ self._flat.mT
+        return w.reshape(len(w), self.dim).to(self.rows.dtype) @ self._flat.mT
 
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``."""
