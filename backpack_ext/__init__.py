@@ -27,6 +27,7 @@ from backpack_ext.ggn import DiagGGN
 from backpack_ext.hesscale import BL89, HesScale
 from backpack_ext.kfac import KFAC
 from backpack_ext.loss_diagonal import loss_diagonal
+from backpack_ext.lowrank_ggn import LowRankGGN
 from backpack_ext.ntk import NTK
 from backpack_ext.rules import Rule, register_rule
 from backpack_ext.sharing import sharing
@@ -42,6 +43,7 @@ __all__ = [
     "DiagGGN",
     "Extension",
     "HesScale",
+    "LowRankGGN",
     "RecordingError",
     "Rule",
     "SumGradSquared",
