@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from backpack_ext.errors import RecordingError
 from backpack_ext.layer_gram import layer_gram
 from backpack_ext.normal import CHUNK, Bags, OneHot, square_sum
 from curvature import Axes
@@ -25,7 +26,7 @@ class LayerFactor(Factor):
         part: Which part ``(k, G)`` of its parameters the layer is; None for the whole.
     """
 
-    __slots__ = ("a", "axes", "b", "part", "shapes_")
+    __slots__ = ("_a", "_version", "axes", "b", "part", "shapes_")
 
     def __init__(
         self,
@@ -35,7 +36,23 @@ class LayerFactor(Factor):
         axes: Sequence[Axes],
         part: tuple[int, int] | None = None,
     ):
-        self.a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
+        self._a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
+        self._version = _versioned(a)._version
+
+    @property
+    def a(self) -> Tensor | OneHot:
+        """Inputs ``[g,n,s,i]``, or one-hot inputs.
+
+        Raises:
+            RecordingError: If they were overwritten since: they may be the user's own mini-batch.
+        """
+        if _versioned(self._a)._version != self._version:
+            raise RecordingError(
+                f"The inputs of a layer with a weight of shape {tuple(self.shapes_[0])} were modified in "
+                "place after the backward pass; what is asked for now would be that of other data. "
+                "Ask before, or fill another tensor with the next mini-batch."
+            )
+        return self._a
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -167,6 +184,11 @@ class LayerFactor(Factor):
 
     def _with(self, a: Tensor | OneHot, b: Tensor) -> LayerFactor:
         return LayerFactor(a, b, self.shapes_, self.axes, self.part)
+
+
+def _versioned(a: Tensor | OneHot) -> Tensor:
+    """Return the tensor that may be the user's."""
+    return a.index if isinstance(a, OneHot) else a
 
 
 def b_to_tokens(a: OneHot, b: Tensor) -> Tensor:
