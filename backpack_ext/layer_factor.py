@@ -48,8 +48,8 @@ class LayerFactor(Factor):
         """
         if _versioned(self._a)._version != self._version:
             raise RecordingError(
-                f"The inputs of a layer with a weight of shape {tuple(self.shapes_[0])} were modified in "
-                "place after the backward pass; what is asked for now would be that of other data. "
+                f"The inputs of a layer with a weight of shape {tuple(self.shapes_[0])} were modified "
+                "in place after the backward pass; what is asked for now would be that of other data. "
                 "Ask before, or fill another tensor with the next mini-batch."
             )
         return self._a

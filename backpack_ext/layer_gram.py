@@ -96,9 +96,8 @@ def _kernel(A: Tensor, b: Tensor, b2: Tensor, same: bool) -> Tensor:
 def _explicit(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -> Tensor:
     """Form the per-sample vectors for some output features at a time."""
     (g, v, n, _, o), i, (_, w, m, _, _) = b.shape, a.shape[-1], b2.shape
-    total = b.new_zeros(n * v, m * w)
-    size = g * max(n * v, m * w) * i
-    step = max(1, min(o, CHUNK // size))
+    total = b.new_zeros(v * n, w * m)
+    step = max(1, min(o, CHUNK // (g * max(v * n, w * m) * i)))
     for k in range(0, o, step):
         G = _rows(a, b[..., k : k + step])
         if a2 is None:
@@ -106,22 +105,22 @@ def _explicit(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -
         else:
             total += (G @ _rows(a2, b2[..., k : k + step]).mT).sum(0)
     if bias:
-        x, y = b.sum(3), b2.sum(3)
-        total += (
-            x.transpose(1, 2).reshape(g, n * v, o) @ y.transpose(1, 2).reshape(g, m * w, o).mT
-        ).sum(0)
-    # data were slow, which spares a copy of G
-    return total.reshape(n, v, m, w).permute(1, 0, 3, 2).reshape(v * n, w * m)
+        x, y = (t.sum(3).flatten(1, 2) for t in (b, b2))
+        total += (x @ y.mT).sum(0)
+    return total
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:
-    """Return per-sample vectors ``[g, (n v), (o i)]``."""
-    g, v, n, s, o = b.shape
+    """Return per-sample vectors ``[g, (v n), (o i)]``."""
+    (g, v, n, s, o), i = b.shape, a.shape[-1]
     if s == 1:
-        G = b.transpose(1, 2).reshape(g, n, v, o, 1) * a.reshape(g, n, 1, 1, -1)
-    else:
-        G = b.permute(0, 2, 1, 4, 3).reshape(g, n, v * o, s) @ a
-    return G.reshape(g, n * v, -1)
+        return (b.reshape(g, v, n, o, 1) * a.reshape(g, 1, n, 1, i)).reshape(g, v * n, o * i)
+    # vector by vector: a product over all of them would copy b, or repeat a
+    G = b.new_empty(v, g * n, o, i)
+    inputs, vectors = a.reshape(g * n, s, i), b.mT
+    for k in range(v):
+        torch.bmm(vectors[:, k].reshape(g * n, o, s), inputs, out=G[k])
+    return G.reshape(v, g, n, o * i).transpose(0, 1).reshape(g, v * n, o * i)
 
 
 # --------------------------------------------------------------------------- one-hot inputs
