@@ -191,7 +191,9 @@ def test_singular_kernels():
     J = torch.randn(N, 3)
     K = J @ J.T
     assert float(smallest_eigenvalue(K)) == 0
-    assert float(smallest_eigenvalue(K.float())) == 0
+    for _ in range(10):  # rounding in float32 leaves eigenvalues of either sign
+        L = torch.randn(N, 3)
+        assert float(smallest_eigenvalue((L @ L.T).float())) == 0
     assert float(convergence_constant(K, 4 * K, 2 * K)) == inf
     values, _ = eigenpairs("K", K)
     assert (values[:2] == 0).all() and (values[2:] > 0).all()
