@@ -291,11 +291,11 @@ class LowRank(Block):
         damping = check_damping("LowRank.solve", damping)
         rows, layout = as_rows(self, "LowRank.solve", vectors)
         small = self._small()
+        # where something is not finite, the trace is not: then the decomposition raises
         if "U" in self._found or not damping > self.rtol * float(small.trace()):
             return self.inverse(damping).matvec(*vectors)
         if not len(rows[0]):
             return from_rows(rows, layout)
-        check_finite("LowRank: the Gram matrix", small)
         root, info = torch.linalg.cholesky_ex(
             small + damping * torch.eye(len(small), dtype=small.dtype, device=small.device)
         )
