@@ -68,7 +68,7 @@ class Dense:
         return torch.einsum("vnd,ndp->vnp", S, self.J)
 
     def gradient_columns(self) -> Tensor:
-        """Columns of the empirical Fisher `c r sum_n g_n g_n^T`, g_n the gradient of `sum_t l_nt`; `[1, N, P]`."""
+        """Columns `[1, N, P]` of the empirical Fisher `c r sum_n g_n g_n^T`; g_n is that of `sum_t l_nt`."""
         unscaled = self.slopes / (self.N * self.scale)
         return self.scale**0.5 * unscaled[None]
 
@@ -78,6 +78,11 @@ class Dense:
         rows = dict(zip(self.names, torch.arange(sum(sizes)).split(sizes), strict=True))
         index = torch.cat([rows[name] for name in names])
         return replace(self, names=list(names), J=self.J[..., index], slopes=self.slopes[:, index])
+
+
+def _rows(t: Tensor, lead: int) -> Tensor:
+    """A tensor whose axes behind the first few, maybe none, are one."""
+    return t.reshape(*t.shape[:lead], -1)
 
 
 def dense(problem: Problem, names: Sequence[str] | None = None, factor: float = 1.0) -> Dense:
@@ -92,9 +97,9 @@ def dense(problem: Problem, names: Sequence[str] | None = None, factor: float = 
     J, grads = jacobian(problem, names), per_sample_grads(problem)
     return Dense(
         names,
-        torch.cat([J[name].flatten(2) for name in names], dim=2).detach(),
+        torch.cat([_rows(J[name], 2) for name in names], dim=2).detach(),
         factor * output_hessian(problem),
-        factor * problem.batch_size * torch.cat([grads[name].flatten(1) for name in names], dim=1),
+        factor * problem.batch_size * torch.cat([_rows(grads[name], 1) for name in names], dim=1),
         factor * loss_scale(problem),
     )
 
@@ -166,7 +171,7 @@ def output_jacobian(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequen
     """Jacobian of the outputs of each datum, flattened, by parameters, `[N, C, P]`."""
     outputs = f(x)
     rows = _jacobian(outputs.flatten(), list(parameters))
-    return torch.cat([J.flatten(1) for J in rows], dim=1).unflatten(0, (len(outputs), -1)).detach()
+    return torch.cat([_rows(J, 1) for J in rows], dim=1).unflatten(0, (len(outputs), -1)).detach()
 
 
 def kernel(J1: Tensor, J2: Tensor) -> Tensor:

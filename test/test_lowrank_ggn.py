@@ -1,4 +1,4 @@
-"""The low-rank GGN of whole networks against the dense definition: spectra, directions, steps, sampling."""
+"""The low-rank GGN of whole networks against the dense definition: spectra, directions, steps."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def of_group(found: Dense, model: nn.Module, ggn: LowRankGGN, group: str | None 
 
 def rows(tensors: Sequence[Tensor]) -> Tensor:
     """Vectors `[k, *shape]` of several parameters as rows `[k, P]`."""
-    return torch.cat([t.flatten(1) for t in tensors], dim=1)
+    return torch.cat([t.reshape(len(t), -1) for t in tensors], dim=1)
 
 
 def row(tensors: Sequence[Tensor] | Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def same_values(found: Tensor, expected: Tensor, rtol: float = 1e-12, tolerance:
 
 
 def same_spaces(E: Tensor, values: Tensor, M: Tensor, tolerance: float = 1e-8) -> None:
-    """Eigenvectors as rows `[K, P]` against those of a dense matrix: projectors of well-separated groups."""
+    """Eigenvectors as rows `[K, P]` against a dense matrix: projectors of separated groups."""
     expected, vectors = descending(M)
     groups = clusters(expected, 1e-4 * expected[0].item())
     K = len(values)
@@ -820,7 +820,7 @@ def test_subset_of_gradients():
 
 
 def test_subset_of_samples():
-    """Given the same state of the generator, each datum's samples are columns of the rank-one matrices."""
+    """The same state of the generator gives the same matrix, of the chosen data only."""
     problem = CASES["mlp"]()
     ggn = low_rank(problem, fisher="mc", mc_samples=2, subsample=[0, 3], generator=seeded())
     again = low_rank(problem, fisher="mc", mc_samples=2, subsample=[0, 3], generator=seeded())
@@ -847,9 +847,9 @@ def test_without_slopes():
     ggn = low_rank(problem, gradients=False)
     check_block(ggn, problem, reference("mlp"))
     assert ggn.directional_curvatures(2).shape == (7, 2)
-    with pytest.raises((ValueError, RuntimeError), match="gradients=True|slopes"):
+    with pytest.raises((ValueError, RuntimeError), match=r"gradients=True|slopes"):
         ggn.directional_gradients(2)
-    with pytest.raises((ValueError, RuntimeError), match="gradients=True|slopes"):
+    with pytest.raises((ValueError, RuntimeError), match=r"gradients=True|slopes"):
         ggn.newton_step(0.1)
 
 
@@ -896,8 +896,8 @@ def test_more_columns_than_parameters():
 def test_nearly_degenerate_spectrum(gap: float):
     """Least squares: `2 r I (x) X^T X`, where X has singular values 1, 1 + gap, 1, 0.1."""
     torch.manual_seed(0)
-    left, right = torch.linalg.qr(torch.randn(6, 4).double())[0], torch.linalg.qr(torch.randn(4, 4))[0]
-    x = left @ torch.tensor([1, 1 + gap, 1, 0.1]).double().diag() @ right.double()
+    left, right = (torch.linalg.qr(torch.randn(n, 4).double())[0] for n in (6, 4))
+    x = left @ torch.tensor([1, 1 + gap, 1, 0.1]).double().diag() @ right
     model = nn.Linear(4, 3, bias=False).double()
     problem = Problem(model, (x,), nn.MSELoss(reduction="sum"), torch.randn(6, 3).double())
     found = dense(problem)
@@ -941,7 +941,7 @@ def test_single_precision(name: str):
     E = rows(pairs.vectors.explicit())
     assert E.dtype == torch.float32
     close((E @ E.T).double(), torch.eye(len(E)).double(), 1e-3)
-    top = ggn.eigh(criterion=above(1e-4))
+    top = ggn.eigh(criterion=above(1e-3))
     E = rows(top.vectors.explicit()).double()
     close(E @ E.T, torch.eye(len(E)).double(), 1e-4)
     close(ggn.block.to_dense().double(), M, 1e-5)
@@ -988,6 +988,9 @@ def test_what_is_not_finite():
 # -- memory ----------------------------------------------------------------------------------------
 
 
+recomputes = pytest.mark.filterwarnings("ignore:.*closure:UserWarning")
+
+
 def limited(problem: Problem, **options) -> LowRankGGN:
     """With next to no memory, and a closure."""
     return low_rank(problem, max_memory=1, closure=problem.loss, **options)
@@ -1011,6 +1014,7 @@ def same_blocks(one: LowRankGGN, other: LowRankGGN) -> None:
         close(step, other_step, 1e-7)
 
 
+@recomputes
 @every_reduction
 @every_case
 def test_closure(name: str, reduction: str):
@@ -1019,6 +1023,7 @@ def test_closure(name: str, reduction: str):
     same_blocks(limited(problem), low_rank(expected))
 
 
+@recomputes
 @pytest.mark.parametrize(
     "options",
     [
@@ -1037,6 +1042,7 @@ def test_closure_with_options(name: str, options: dict):
     same_blocks(one, low_rank(expected, generator=seeded(), **options))
 
 
+@recomputes
 def test_closure_leaves_gradients_alone():
     problem = CASES["cnn"]()
     ggn = limited(problem)
@@ -1058,6 +1064,7 @@ def test_memory_without_closure():
         ggn.eigenvectors(1).explicit()
 
 
+@recomputes
 @pytest.mark.parametrize("how", ["data", "parameters"])
 def test_closure_of_another_loss(how: str):
     problem = CASES["cnn"]()
@@ -1079,6 +1086,9 @@ def test_closure_of_another_loss(how: str):
 
 
 # -- wrong use -------------------------------------------------------------------------------------
+
+
+TWICE = r"two groups|several groups|more than one|twice"
 
 
 def small() -> Problem:
@@ -1121,14 +1131,14 @@ def test_wrong_options(options: dict, message: str):
     [
         (
             lambda m: [[m[0].weight], [nn.Parameter(torch.zeros(2))]],
-            "no parameter of|not.*model|foreign",
+            r"no parameter of|not.*model|foreign",
         ),
         (lambda m: [[m[0].weight, m[2].weight.requires_grad_(False)]], "frozen|requires_grad|gradient"),
         (
             lambda m: [[m[0].weight], [m[0].bias, m[0].weight]],
-            "two groups|several groups|more than one|twice",
+            TWICE,
         ),
-        (lambda m: [[m[0].weight, m[0].weight]], "two groups|several groups|more than one|twice"),
+        (lambda m: [[m[0].weight, m[0].weight]], TWICE),
         (lambda m: [m[0].weight.data], "group|Parameter"),
         (
             lambda m: [{"params": [m[0].weight], "name": "a"}, {"params": [m[0].bias], "name": "a"}],
@@ -1211,7 +1221,7 @@ def test_model_not_extended():
     problem = small()
     extend(problem.loss_fn)
     ggn = LowRankGGN()
-    with pytest.raises((RecordingError, RuntimeError, UnsupportedError), match="extend|backward"):
+    with pytest.raises((RecordingError, RuntimeError, UnsupportedError), match=r"extend|backward"):
         with backpack(ggn):
             problem.loss().backward()
         ggn.eigvalsh()
@@ -1436,8 +1446,7 @@ def test_results_die_with_the_model():
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_transformers(name: str):
-    pytest.importorskip("transformers")
-    from test_huggingface import build
+    from test_huggingface import build  # skips without transformers
 
     problem, plain = build(name), build(name)
     found = dense(plain)

@@ -1,4 +1,4 @@
-"""The dense oracle of low-rank curvature by second routes: functional Jacobians and finite differences."""
+"""The dense oracle of low-rank curvature by second routes: functional Jacobians, finite differences."""
 
 from functools import cache
 
@@ -16,7 +16,8 @@ from lowrank_oracle import (
     root,
 )
 from models import CASES, Problem
-from oracle import close
+from oracle import close, ggn_diag
+from test_bare import build as bare_problem
 from test_losses import LOSSES, N
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -176,6 +177,15 @@ def test_rows_of_some_parameters():
     close(some.slopes, direct.slopes)
 
 
+def test_parameters_without_axes():
+    """A temperature, a single number, among others."""
+    model, x, y = bare_problem("tokens", 3)
+    problem = Problem(model, (x,), nn.CrossEntropyLoss(), y)
+    found, diagonal = dense(problem), ggn_diag(problem)
+    close(found.matrix().diagonal(), torch.cat([diagonal[name].flatten() for name in found.names]))
+    assert found.slopes.shape == (3, len(found.matrix()))
+
+
 def test_clusters():
     assert clusters(torch.tensor([3.0, 2.0, 1.9999, 1.0]), 0.01) == [[0], [1, 2], [3]]
     assert clusters(torch.tensor([]), 0.01) == []
@@ -199,11 +209,9 @@ def test_kernel_by_functional_calls(name: str):
     close(K, torch.stack([torch.stack([J[n] @ J[m].T for m in range(len(x))]) for n in range(2)]))
     # a step along the gradient of an output moves the others by the kernel
     c, h = 1, 1e-5
-    moved = {}
+    moved, sizes = {}, [p.numel() for p in parameters.values()]
     for sign in (-1, 1):
-        state = dict(
-            zip(parameters, direct[0, c].split([p.numel() for p in parameters.values()]), strict=True)
-        )
+        state = dict(zip(parameters, direct[0, c].split(sizes), strict=True))
         state = {k: p + sign * h * state[k].view_as(p) for k, p in parameters.items()}
         moved[sign] = functional_call(problem.model, state, (x,), tie_weights=True).flatten(1)
     torch.testing.assert_close((moved[1] - moved[-1]) / (2 * h), K[0, :, c], rtol=1e-5, atol=1e-6)
