@@ -68,7 +68,7 @@ class Dense:
         return torch.einsum("vnd,ndp->vnp", S, self.J)
 
     def gradient_columns(self) -> Tensor:
-        """Columns `[1, N, P]` of the empirical Fisher `c r sum_n g_n g_n^T`; g_n is that of `sum_t l_nt`."""
+        """Columns `[1, N, P]` of the empirical Fisher `c r sum_n g_n g_n^T`; g_n of `sum_t l_nt`."""
         unscaled = self.slopes / (self.N * self.scale)
         return self.scale**0.5 * unscaled[None]
 
