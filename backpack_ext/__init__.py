@@ -27,6 +27,8 @@ from backpack_ext.ggn import DiagGGN
 from backpack_ext.hesscale import BL89, HesScale
 from backpack_ext.kfac import KFAC
 from backpack_ext.loss_diagonal import loss_diagonal
+from backpack_ext.lowrank_ggn import LowRankGGN
+from backpack_ext.ntk import NTK
 from backpack_ext.rules import Rule, register_rule
 from backpack_ext.sharing import sharing
 
@@ -34,12 +36,14 @@ __all__ = [
     "BL89",
     "EKFAC",
     "KFAC",
+    "NTK",
     "BatchDotGrad",
     "BatchGrad",
     "BatchL2Grad",
     "DiagGGN",
     "Extension",
     "HesScale",
+    "LowRankGGN",
     "RecordingError",
     "Rule",
     "SumGradSquared",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backpack_ext.context import backpack, check_savefields
 from backpack_ext.engine import redirect
-from backpack_ext.extend import extend
+from backpack_ext.extend import extend_once
 from backpack_ext.extension import Extension
 
 
@@ -71,7 +71,7 @@ def collect(
         raise ValueError(f'collect: {loss_fn} must have reduction "mean" or "sum".')
     mean = loss_fn.reduction == "mean"
     forward = forward or _forward
-    extend(model), extend(loss_fn)
+    extend_once(model), extend_once(loss_fn)
     runs = [ext.over_batches() for ext in extensions]
     totals: list[dict] = [{} for _ in runs]
     terms = 0.0

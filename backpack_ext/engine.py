@@ -162,7 +162,9 @@ class BackwardPass(Receiver):
         super().__init__({})
         self.extensions = extensions
         self.stores: dict[Extension, dict] = {ext: {} for ext in extensions}
-        self.main = [e for e in extensions if e.vectors.kind in ("gradient", "none")]
+        self.main = [
+            e for e in extensions if e.vectors.kind in ("gradient", "none") or e.vectors.gradient
+        ]
         self.diagonals = [e for e in extensions if e.vectors.kind == "diagonal"]
         self.passes: dict[Extension, DiagonalPass] = {}
         self.outputs: list[Node] = []  # of models
@@ -529,7 +531,10 @@ class BackwardPass(Receiver):
                     for unit in units[rule]:
                         for p in unit.parameters.values():
                             p.__dict__.pop(ext.savefield, None)
-                ext.absorb_all(self.stores[ext], units[rule])
+                if extensions is self.main and ext.vectors.gradient:
+                    ext.absorb_gradient(self.stores[ext], units[rule])
+                else:
+                    ext.absorb_all(self.stores[ext], units[rule])
 
     def _release(self, extensions, layers) -> None:
         """Let go of the inputs of calls that nothing will ask for any more."""
@@ -574,7 +579,7 @@ def _by_sweep(extensions: list[Extension]) -> list[list[Extension]]:
 def _check_columns(ext: Extension, count: int) -> None:
     if count > ext.max_columns:
         raise ValueError(
-            f'{type(ext).__name__}: fisher="exact" needs {count} columns per datum (classes times '
-            f'positions), more than max_columns={ext.max_columns}. Use fisher="mc", or raise '
-            "max_columns if you can wait."
+            f'{type(ext).__name__}: fisher="exact" needs {count} columns per datum (those of a '
+            f"position times positions), more than max_columns={ext.max_columns}. Use "
+            'fisher="mc", or raise max_columns if you can wait.'
         )

@@ -115,6 +115,17 @@ def extend(
     return module
 
 
+def extend_once(module: nn.Module) -> nn.Module:
+    """Extend a module unless it is: what `extend` was told stays."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return module if any(isinstance(_owner(hook), Hook) for hook in hooks) else extend(module)
+
+
+def _owner(hook: object) -> object:
+    """Return what a bound method belongs to."""
+    return getattr(hook, "__self__", hook)
+
+
 def unextend(module: nn.Module) -> nn.Module:
     """Remove what `extend` added, recursively.
 

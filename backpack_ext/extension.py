@@ -30,10 +30,12 @@ class Vectors:
             of the loss-Hessian root), ``"mc"`` (samples), ``"none"`` (inputs only), ``"diagonal"``
             (Hessian diagonals, which travel by a recursion of their own).
         samples: Number of Monte-Carlo samples.
+        gradient: Whether to have those of the main backward pass too, in `Extension.absorb_gradient`.
     """
 
     kind: str
     samples: int = 1
+    gradient: bool = False
 
 
 class Extension(BackpropExtension):
@@ -173,6 +175,9 @@ class Extension(BackpropExtension):
         """Take layers whose inputs and outputs have equal shapes, one call each."""
         for unit in units:
             self.absorb(store, unit)
+
+    def absorb_gradient(self, store: dict, units: list[Unit]) -> None:
+        """Take the gradient at layers of equal shape, if `Vectors.gradient` asked for it."""
 
     def settle(self, store: dict) -> None:
         """React to the end of a chunk of columns: every layer has brought its vectors."""

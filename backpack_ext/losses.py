@@ -3,9 +3,9 @@ r"""Losses: their reduction scale, the roots and the diagonal of their Hessian.
 A loss is :math:`\ell = r \sum_n \sum_t \ell_{nt}`. Everything here is about one term's Hessian,
 without r; `LossRule.scale` is the only place that knows r.
 
-A datum n may own several rows or positions t of the logits (tokens, pixels). An exact root has one
-column per position and class, ``C T`` of them, because columns that positions share would put
-cross-position terms into every quantity.
+A datum n may own several rows or positions t of the logits (tokens, pixels). An exact root has columns
+of its own for each position, as many as the Hessian there has ranks (classes, less one for the
+cross-entropy), because columns that positions share would put cross-position terms into every quantity.
 """
 
 from __future__ import annotations
@@ -148,19 +148,28 @@ class CrossEntropyRule(LossRule):
         return factors.masked_fill(~kept, 0)
 
     def columns(self, module, z, y, batch):
-        """C T."""
-        return z.numel() // batch
+        """(C - 1) T: the Hessian of a position has no larger rank."""
+        return z.numel() // batch // z.shape[1] * max(1, z.shape[1] - 1)
 
     def exact(self, module, z, y, layout, start, stop):
-        """Column (t, c): ``sqrt(w q_c) (e_c - q)`` at position t."""
+        """Column (t, c): ``sqrt(w q_c) (e_c - q - u (e_C - q))`` at t, C the last class.
+
+        The columns ``S_c = sqrt(q_c) (e_c - q)`` of all classes are a root whose combination with
+        ``sqrt(q)`` vanishes. A reflection that maps ``sqrt(q)`` onto the last axis leaves C - 1 of
+        them, with ``u = sqrt(q_C) / (1 + sqrt(q_C))``.
+        """
         q = layout.split(z.softmax(1).unsqueeze(0))[0]
         w = self._terms(module, z, y, layout)
         classes = z.shape[1]
         column = torch.arange(start, stop, device=z.device)
-        t, c = column // classes, column % classes
+        t, c = column // max(1, classes - 1), column % max(1, classes - 1)
         q_t = q[:, t]  # [n, v, C]
         size = (w[:, t] * q_t.gather(2, c.expand(len(q), -1).unsqueeze(2)).squeeze(2)).sqrt()
-        vectors = (F.one_hot(c, classes).to(q) - q_t) * size.unsqueeze(2)
+        last = q_t[..., -1:].sqrt()
+        last = last / (1 + last)
+        vectors = F.one_hot(c, classes).to(q) - q_t * (1 - last)
+        vectors[..., -1:] -= last
+        vectors *= size.unsqueeze(2)
         S = q.new_zeros(len(column), *q.shape)
         S[torch.arange(len(column), device=z.device), :, t] = vectors.transpose(0, 1)
         return layout.join(S)
@@ -366,6 +375,45 @@ class GaussianNLLRule(_DiagonalRule):
         wide = clamped if clamped.dim() == z.dim() else clamped.unsqueeze(-1)
         of_var = (z - y).square() / wide**3 - 0.5 / wide.square()
         return (1 / wide).expand_as(z), of_var.sum_to_size(wide.shape).reshape(var.shape)
+
+
+class OutputsRule(_ElementwiseRule):
+    """Not a loss: the root's columns are unit vectors, one for each output of a datum.
+
+    Args:
+        indices: Which of a datum's outputs, counted when flattened; None for all.
+    """
+
+    def __init__(self, indices: Sequence[int] | None = None):
+        self.indices = indices
+
+    def scale(self, module, z, y):
+        """1."""
+        return 1.0
+
+    def diagonal(self, module, z, y):
+        """1."""
+        return torch.ones_like(z)
+
+    def columns(self, module, z, y, batch):
+        """One per output that was asked for."""
+        outputs = super().columns(module, z, y, batch)
+        if self.indices is None:
+            return outputs
+        if any(not -outputs <= k < outputs for k in self.indices):
+            raise ValueError(f"outputs={list(self.indices)}, but each datum has {outputs} outputs.")
+        return len(self.indices)
+
+    def exact(self, module, z, y, layout, start, stop):
+        """Column d: the unit vector of an output."""
+        if self.indices is None:
+            return super().exact(module, z, y, layout, start, stop)
+        exact, chosen = super().exact, self.indices[start:stop]
+        return torch.cat([exact(module, z, y, layout, d, d + 1) for d in chosen])
+
+    def sample(self, module, z, y, generator):
+        """A standard normal vector."""
+        return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
 
 LOSSES: dict[type[nn.Module], LossRule] = {

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from curvature.decomposition import check_damping, check_finite, widen
 from curvature.distributed import all_reduce
 
-# One parameter-shaped tensor, or (weight, bias) for a block of both.
+# One parameter-shaped tensor, or as many as the block has parameters: (weight, bias), say.
 Parts = Tensor | tuple[Tensor, ...]
 
 # Largest dense block that is formed where a result can be had in no other way.
@@ -20,13 +20,13 @@ MAX_DENSE = 8192
 
 
 class Block(ABC):
-    r"""A symmetric positive semi-definite matrix M that acts on one parameter, or on two.
+    r"""A symmetric positive semi-definite matrix M that acts on one parameter, or on several.
 
     Vectors are parameter-shaped tensors ``[..., *shape]`` with any number of leading batch axes. A
-    block of a weight and its bias takes and returns both. Products are computed in the wider of the
-    two data types and returned in that of the vectors; decompositions are computed in float32 or
-    above. What needs a decomposition checks its factors; plain products do not, so they hand
-    infinities on as `torch` does.
+    block of a weight and its bias takes and returns both, one of more parameters all of them. Products
+    are computed in the wider of the two data types and returned in that of the vectors; decompositions
+    are computed in float32 or above. What needs a decomposition checks its factors; plain products do
+    not, so they hand infinities on as `torch` does.
     """
 
     __slots__ = ()
@@ -34,7 +34,7 @@ class Block(ABC):
     @property
     @abstractmethod
     def shapes(self) -> tuple[torch.Size, ...]:
-        """Shapes of the parameters that the block acts on: one, or two (weight and bias)."""
+        """Shapes of the parameters that the block acts on: one, two (weight and bias), or more."""
 
     @property
     @abstractmethod
@@ -335,11 +335,11 @@ def check_vectors(owner: str, vectors: Sequence[Tensor], shapes: Sequence[torch.
     Raises:
         ValueError: If so.
     """
-    wanted = "(weight, bias)" if len(shapes) > 1 else "one tensor"
+    wanted = {1: "one tensor", 2: "(weight, bias)"}.get(len(shapes), f"{len(shapes)} tensors")
     if len(vectors) != len(shapes):
         raise ValueError(
             f"{owner} takes {wanted} of shape {_text(shapes)}, got {len(vectors)} tensors: a joint "
-            "block acts on weight and bias together, any other on one parameter."
+            "block acts on all its parameters (weight and bias, say) together, any other on one."
         )
     for t in vectors:
         if not isinstance(t, Tensor):

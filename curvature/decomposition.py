@@ -82,20 +82,30 @@ def eigh(name: str, factor: Tensor, vectors: bool = True) -> tuple[Tensor, Tenso
     check_symmetric(name, factor)
     wide = widen(factor)
     wide = (wide + wide.mT) / 2
-    values, basis = _eigh(wide, vectors)
-    if values is None:
-        values, basis = _eigh(wide.double(), vectors)
-        if values is None:
-            raise ValueError(
-                f"{name}: the eigendecomposition did not converge, in float64 either. Entries range up "
-                f"to {float(wide.abs().max()):.3g}; rescale them, or add damping before."
-            )
-        values, basis = values.to(wide.dtype), None if basis is None else basis.to(wide.dtype)
+    values, basis = symmetric_eigh(name, wide, vectors)
     values = nonnegative(name, values, factor.dtype)
     # where the true eigenvalue is zero, rounding leaves noise of up to 3 eps times the largest one
     # (784 x 784 of rank 128, float32)
     noise = 8 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
     return values.masked_fill(values <= noise, 0.0), basis
+
+
+def symmetric_eigh(name: str, matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Decompose symmetric matrices ``[..., d, d]``, and once more in float64 should that fail.
+
+    Raises:
+        ValueError: If that fails too.
+    """
+    values, basis = _eigh(matrix, vectors)
+    if values is None:
+        values, basis = _eigh(matrix.double(), vectors)
+        if values is None:
+            raise ValueError(
+                f"{name}: the eigendecomposition did not converge, in float64 either. Entries range up "
+                f"to {float(matrix.abs().max()):.3g}; rescale them, or add damping before."
+            )
+        values, basis = values.to(matrix.dtype), None if basis is None else basis.to(matrix.dtype)
+    return values, basis
 
 
 def _eigh(matrix: Tensor, vectors: bool) -> tuple[Tensor | None, Tensor | None]:

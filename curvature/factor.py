@@ -44,7 +44,7 @@ class Factor(ABC):
 
     @abstractmethod
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        r"""Return :math:`V c` for the rows c of ``coefficients[k, q]``, ``[k, *shape]`` per parameter."""
+        r"""Return :math:`V c` for rows c of ``coefficients[k, q]``, ``[k, *shape]`` per parameter."""
 
     @abstractmethod
     def project(self, *vectors: Tensor) -> Tensor:
@@ -81,13 +81,8 @@ class Factor(ABC):
         if other is None or other is self:
             return self._own_gram()
         check_same(self, other)
-        if isinstance(other, Concatenated):
-            return torch.cat([self.gram(part) for part in other.parts], dim=1)
-        if isinstance(other, Sum):
-            return _total(self.gram(part) for part in other.parts)
-        if isinstance(other, Centered):
-            return other.centered(self.gram(other.parts[0]))
-        return self._gram_with(other)
+        found = other._gram_from(self)
+        return self._gram_with(other) if found is None else found
 
     def _own_gram(self) -> Tensor:
         return self._gram_with(self)
@@ -98,6 +93,10 @@ class Factor(ABC):
         for part in torch.arange(self.columns, device=self.device).split(step):
             rows.append(other.project(*self.select(part).explicit()))
         return torch.cat(rows)
+
+    def _gram_from(self, one: Factor) -> Tensor | None:
+        """Return ``one^T V`` if it is to be put together from parts of this factor."""
+        return None
 
     # ------------------------------------------------------------------ built on these
 
@@ -184,7 +183,8 @@ class DenseFactor(Factor):
 
     @property
     def _flat(self) -> Tensor:
-        return self.rows.reshape(len(self.rows), -1)
+        # -1 would be ambiguous where there are no columns
+        return self.rows.reshape(len(self.rows), self.rows.shape[1:].numel())
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
@@ -194,7 +194,7 @@ class DenseFactor(Factor):
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
         (w,) = vectors
-        return w.reshape(len(w), -1).to(self.rows.dtype) @ self._flat.mT
+        return w.reshape(len(w), self.dim).to(self.rows.dtype) @ self._flat.mT
 
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``."""
@@ -327,6 +327,9 @@ class Sum(_Parts):
     def _gram_with(self, other: Factor) -> Tensor:
         return _total(part.gram(other) for part in self.parts)
 
+    def _gram_from(self, one: Factor) -> Tensor:
+        return _total(one.gram(part) for part in self.parts)
+
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
         each = [part.apply(coefficients) for part in self.parts]
@@ -379,6 +382,9 @@ class Concatenated(_Parts):
 
     def _gram_with(self, other: Factor) -> Tensor:
         return torch.cat([part.gram(other) for part in self.parts])
+
+    def _gram_from(self, one: Factor) -> Tensor:
+        return torch.cat([one.gram(part) for part in self.parts], dim=1)
 
     def _own_gram(self) -> Tensor:
         sizes = [part.columns for part in self.parts]
@@ -452,6 +458,9 @@ class Centered(_Parts):
 
     def _gram_with(self, other: Factor) -> Tensor:
         return self.centered(self.parts[0].gram(other).mT).mT
+
+    def _gram_from(self, one: Factor) -> Tensor:
+        return self.centered(one.gram(self.parts[0]))
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""

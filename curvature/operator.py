@@ -82,10 +82,13 @@ class BlockDiagonalOperator:
         Args:
             named_parameters: As from ``model.named_parameters()``.
             savefield: The attribute that holds the blocks; a tensor shaped like its parameter is
-                read as a diagonal. Parameters that are frozen are left out.
+                read as a diagonal. Parameters that are frozen are left out. Several parameters may
+                hold one block: their names then follow the order in which they come (of a weight and
+                its bias, the weight is first).
 
         Raises:
-            ValueError: If a trainable parameter has no such attribute, or it is something else.
+            ValueError: If a trainable parameter has no such attribute, or it is something else; if a
+                block's parameters do not come in the order of its shapes.
 
         Example:
             >>> import torch
@@ -94,7 +97,7 @@ class BlockDiagonalOperator:
             >>> BlockDiagonalOperator.of_parameters([("w", w)], "diag_ggn_exact").trace()
             tensor(3.)
         """
-        found: dict[int, tuple[Block, list[tuple[int, str]]]] = {}
+        found: dict[int, tuple[Block, list[tuple[str, torch.Size]]]] = {}
         order = []
         for name, p in named_parameters:
             if not p.requires_grad:
@@ -109,9 +112,8 @@ class BlockDiagonalOperator:
                     "or pass only the parameters that are covered."
                 )
             order.append(name)
-            found.setdefault(id(block), (block, []))[1].append((-p.dim(), name))
-        # of a joint block, the weight has more axes than the bias and comes first
-        return cls({tuple(n for _, n in sorted(k)): b for b, k in found.values()}, order)
+            found.setdefault(id(block), (block, []))[1].append((name, p.shape))
+        return cls({_in_order(b, named): b for b, named in found.values()}, order)
 
     def __getitem__(self, name: str) -> Block:
         """Return the block of a parameter."""
@@ -210,8 +212,8 @@ class BlockDiagonalOperator:
         return self._each(damping, lambda block, d: block.power(exponent, d))
 
     def eigh(self) -> BlockDiagonalOperator:
-        """Decompose all Kronecker products: functions of the result are cheap."""
-        return self._each(0.0, lambda block, _: block.eigh() if hasattr(block, "eigh") else block)
+        """Decompose what decomposes: functions of the result are cheap."""
+        return self._each(0.0, lambda block, _: _decomposed(block))
 
     def sample(
         self,
@@ -363,3 +365,30 @@ class BlockDiagonalOperator:
         """Make an operator of what `state_dict` returned."""
         blocks = map(block_from_state_dict, state["blocks"])
         return cls(dict(zip(map(tuple, state["keys"]), blocks, strict=True)), state["names"])
+
+
+def _decomposed(block: Block) -> Block:
+    """Return a block's decomposition, or the block if it keeps that to itself."""
+    found = block.eigh() if hasattr(block, "eigh") else block
+    return found if isinstance(found, Block) else block
+
+
+def _in_order(block: Block, named: Sequence[tuple[str, torch.Size]]) -> tuple[str, ...]:
+    """Return the names of a block's parameters in the order of its shapes.
+
+    Raises:
+        ValueError: If the shapes are others, or come in another order.
+    """
+    # of a joint block, the weight has more axes than the bias and comes first
+    weight_first = sorted(named, key=lambda pair: -len(pair[1]))
+    for order in (named, weight_first):
+        if tuple(shape for _, shape in order) == tuple(block.shapes):
+            return tuple(name for name, _ in order)
+    if len(named) == len(block.shapes) and len(named) > 2:
+        shapes = {name: tuple(shape) for name, shape in named}
+        raise ValueError(
+            f"BlockDiagonalOperator: {type(block).__name__} acts on parameters of shapes "
+            f"{[tuple(s) for s in block.shapes]}, in this order; those that hold it come as {shapes}. "
+            "Pass named parameters in the block's order, or give BlockDiagonalOperator the names."
+        )
+    return tuple(name for name, _ in weight_first)

@@ -7,9 +7,15 @@ from curvature.dense import DenseBlock, DiagonalBlock
 from curvature.eigen import KroneckerEigen
 from curvature.kronecker import Kronecker
 from curvature.kronecker_sum import KroneckerSum
+from curvature.lowrank import LowRank
+from curvature.shifted import Shifted
 
 KINDS = {
-    cls.__name__: cls for cls in (Kronecker, KroneckerEigen, KroneckerSum, DenseBlock, DiagonalBlock)
+    cls.__name__: cls
+    for cls in (
+        *(Kronecker, KroneckerEigen, KroneckerSum, DenseBlock, DiagonalBlock),
+        *(LowRank, Shifted),
+    )
 }
 
 

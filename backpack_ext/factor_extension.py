@@ -1,0 +1,75 @@
+"""What extensions have in common that keep the factors of layers."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+
+from backpack_ext.extension import Extension
+from backpack_ext.factor_store import FactorStore
+from backpack_ext.unit import Unit
+
+# Which data to keep (None: all), and what to multiply their vectors with.
+Selection = tuple[torch.Tensor | None, float]
+
+
+class FactorExtension(Extension):
+    """Keeps inputs and vectors of all layers, up to a number of bytes.
+
+    A store has the vectors of the sweep in ``"columns"``, the gradient in ``"slopes"``, and in
+    ``"bytes"`` what they take. Beyond ``max_memory`` they are let go, and only counted.
+    """
+
+    max_memory: float = float("inf")
+    # whether to note a number in ``"mark"`` by which another pass over the same data is recognised
+    marks = False
+
+    def selection(self, batch: int) -> Selection:
+        """Return which columns to keep of a batch of that size, and their factor."""
+        return None, 1.0
+
+    def slope_selection(self, batch: int) -> Selection:
+        """Return which gradients to keep, and N: of the data's own losses ``N r sum_t l_nt``."""
+        return None, float(batch)
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Keep one layer's inputs and vectors."""
+        columns = self._store(store, "columns")
+        columns.data, columns.scale = self.selection(unit.batch)
+        if self.needs_scale:
+            columns.scale *= 1 / sqrt(unit.scale) if unit.scale else 0.0
+        if self.marks:
+            mark = sum(float(g.abs().sum(dtype=torch.float64)) for g in unit.cotangents)
+            store["mark"] = store.get("mark", 0.0) + mark
+        self._add(store, columns, unit)
+
+    def absorb_gradient(self, store: dict, units: list[Unit]) -> None:
+        """Keep the gradient at layers."""
+        slopes = self._store(store, "slopes")
+        for unit in units:
+            slopes.data, slopes.scale = self.slope_selection(unit.batch)
+            self._add(store, slopes, unit)
+
+    @staticmethod
+    def _store(store: dict, name: str) -> FactorStore:
+        if name not in store:
+            store[name] = FactorStore()
+            store.setdefault("bytes", 0)
+        return store[name]
+
+    def _add(self, store: dict, factors: FactorStore, unit: Unit) -> None:
+        store["bytes"] += factors.add(unit)
+        if store["bytes"] > self.max_memory:
+            for name in ("columns", "slopes"):
+                if name in store:
+                    store[name].forget()
+
+    def settle(self, store: dict) -> None:
+        """Note the end of a chunk of columns."""
+        if "columns" in store:
+            store["columns"].close_chunk()
+
+    def merge(self, total: dict, store: dict, weight: float) -> None:
+        """Refuse: subclasses that can do it do."""
+        raise NotImplementedError

@@ -1,0 +1,196 @@
+"""The factor V of a layer: its per-sample vectors, known through its inputs and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from backpack_ext.layer_gram import layer_gram
+from backpack_ext.normal import CHUNK, Bags, OneHot, square_sum
+from curvature import Axes
+from curvature.factor import Factor
+
+
+class LayerFactor(Factor):
+    """Columns ``sum_s b a`` of a weight, and ``sum_s b`` of its bias; ordered ``(v n)``, n fastest.
+
+    Args:
+        a: Inputs ``[g,n,s,i]``, or one-hot inputs.
+        b: Vectors ``[g,v,n,s,o]``.
+        shapes: Shape of the weight, and of the bias if it belongs to the factor.
+        axes: How the (whole) weight's axes form its matrix, and those of the bias.
+        part: Which part ``(k, G)`` of its parameters the layer is; None for the whole.
+    """
+
+    __slots__ = ("a", "axes", "b", "part", "shapes_")
+
+    def __init__(
+        self,
+        a: Tensor | OneHot,
+        b: Tensor,
+        shapes: Sequence[torch.Size],
+        axes: Sequence[Axes],
+        part: tuple[int, int] | None = None,
+    ):
+        self.a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Shape of the weight, and of the bias."""
+        return self.shapes_
+
+    @property
+    def columns(self) -> int:
+        """Number of columns: vectors times data."""
+        return self.b.shape[1] * self.b.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Inputs and vectors."""
+        if not isinstance(self.a, OneHot):
+            return self.b, self.a
+        bags = self.a.bags
+        found = (self.b, self.a.index, self.a.mask, bags and bags.row, bags and bags.weight)
+        return tuple(t for t in found if t is not None)
+
+    @property
+    def _bias(self) -> bool:
+        return len(self.shapes_) > 1
+
+    # ------------------------------------------------------------------ products
+
+    def _own_gram(self) -> Tensor:
+        return layer_gram(self.a, self.b, bias=self._bias)
+
+    def _gram_with(self, other: Factor) -> Tensor:
+        if not isinstance(other, LayerFactor) or other.axes != self.axes:
+            return super()._gram_with(other)
+        if self.part != other.part:
+            if self.part is not None and other.part is not None and self.part[1] == other.part[1]:
+                return self.b.new_zeros(self.columns, other.columns)  # other rows of the weight
+            return super()._gram_with(other)
+        if isinstance(self.a, OneHot) != isinstance(other.a, OneHot):
+            return super()._gram_with(other)
+        return layer_gram(self.a, self.b, other.a, other.b, bias=self._bias)
+
+    def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        """Return ``V c``; see `Factor.apply`."""
+        _, v, n, s, o = self.b.shape
+        step = max(1, CHUNK // (self.b.shape[0] * n * s * o))
+        pieces = [self._apply(c.reshape(-1, v, n)) for c in coefficients.to(self.b.dtype).split(step)]
+        return tuple(ts[0] if len(ts) == 1 else torch.cat(ts) for ts in zip(*pieces, strict=True))
+
+    def _apply(self, c: Tensor) -> tuple[Tensor, ...]:
+        g, v, n, s, o = self.b.shape
+        # [g, n, k, (s o)]: the vectors of each datum, combined
+        cb = c.permute(2, 0, 1) @ self.b.transpose(1, 2).reshape(g, n, v, s * o)
+        cb = cb.reshape(g, n, len(c), s, o)
+        if isinstance(self.a, OneHot):
+            W = b_to_tokens(self.a, cb.transpose(1, 2))
+        else:
+            W = cb.permute(0, 2, 4, 1, 3).reshape(g, -1, n * s) @ self.a.reshape(g, n * s, -1)
+            W = W.unflatten(1, (len(c), o)).transpose(0, 1)
+        found = [self._placed(W, 0)]
+        if self._bias:
+            found.append(self._placed(cb.sum((1, 3)).transpose(0, 1).unsqueeze(3), 1))
+        return tuple(found)
+
+    def _placed(self, m: Tensor, role: int) -> Tensor:
+        """Bring ``[k,g,o,i]`` to the parameter's shape."""
+        if self.part is not None:
+            k, groups = self.part
+            whole = m.new_zeros(len(m), groups, *m.shape[2:])
+            whole[:, k : k + 1] = m
+            m = whole
+        return self.axes[role].to_parameter(m)
+
+    def _matrix(self, w: Tensor, role: int) -> Tensor:
+        """Bring parameter-shaped tensors to ``[k,g,o,i]``."""
+        m = self.axes[role].to_matrix(w.to(self.b.dtype))
+        return m if self.part is None else m[:, self.part[0] : self.part[0] + 1]
+
+    def project(self, *vectors: Tensor) -> Tensor:
+        """Return ``V^T w``; see `Factor.project`."""
+        g, _, n, s, o = self.b.shape
+        step = max(1, CHUNK // (g * n * s * o))
+        pieces = zip(*(w.split(step) for w in vectors), strict=True)
+        return torch.cat([self._project(*ws) for ws in pieces])
+
+    def _project(self, *vectors: Tensor) -> Tensor:
+        g, v, n, s, o = self.b.shape
+        W, k = self._matrix(vectors[0], 0), len(vectors[0])
+        if isinstance(self.a, OneHot):
+            z = tokens_to_b(self.a, W)[None]
+        else:
+            z = self.a.reshape(g, 1, n * s, -1) @ W.permute(1, 0, 3, 2)
+        z = z.reshape(g, k, n, s, o)
+        if self._bias:
+            z = z + self._matrix(vectors[1], 1).permute(1, 0, 3, 2)[:, :, None]
+        z = z.transpose(1, 2).reshape(g, n, k, s * o)
+        out = (z @ self.b.permute(0, 2, 3, 4, 1).reshape(g, n, s * o, v)).sum(0)
+        return out.permute(1, 2, 0).reshape(k, v * n)
+
+    def square_sum(self) -> tuple[Tensor, ...]:
+        """Return the diagonal of ``V V^T``."""
+        found = [self._placed(square_sum(self.a, self.b)[None], 0)[0]]
+        if self._bias:
+            squares = self.b.sum(3).square().sum((1, 2))
+            found.append(self._placed(squares[None, :, :, None], 1)[0])
+        return tuple(found)
+
+    # ------------------------------------------------------------------ other factors
+
+    def select(self, index: Tensor) -> Factor:
+        """Return the factor of some columns, one per datum then."""
+        v, n = index // self.b.shape[2], index % self.b.shape[2]
+        a = self.a.select(n) if isinstance(self.a, OneHot) else self.a[:, n]
+        return self._with(a, self.b[:, v, n].unsqueeze(1))
+
+    def folded(self) -> LayerFactor:
+        """Return a factor with one column per datum, whose Gram matrix sums over equal vectors v."""
+        return self._with(self.a, self.b.movedim(1, 4).flatten(3).unsqueeze(1))
+
+    def scaled(self, scale: float) -> Factor:
+        """Return a multiple of the factor."""
+        return self._with(self.a, self.b * scale)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
+        """Return the factor on another device, in another data type."""
+        if isinstance(self.a, OneHot):
+            a = _moved(self.a, device)
+        else:
+            a = self.a.to(device=device, dtype=dtype)
+        return self._with(a, self.b.to(device=device, dtype=dtype))
+
+    def _with(self, a: Tensor | OneHot, b: Tensor) -> LayerFactor:
+        return LayerFactor(a, b, self.shapes_, self.axes, self.part)
+
+
+def b_to_tokens(a: OneHot, b: Tensor) -> Tensor:
+    """Return ``sum_ns b a`` for each vector, ``[v,1,o,i]``, from ``b[1,v,n,s,o]``."""
+    entries = a.spread(b)
+    out = entries.new_zeros(len(entries), a.size, entries.shape[-1])
+    return out.index_add_(1, a.index.flatten(), entries).mT.unsqueeze(1)
+
+
+def tokens_to_b(a: OneHot, W: Tensor) -> Tensor:
+    """Return ``sum_i W a`` for matrices ``W[k,1,o,i]``, ``[k, (n s), o]``."""
+    entries = W[:, 0].mT[:, a.index.flatten()]
+    entries = entries * a.weights(W.dtype)[:, None]
+    if a.bags is None:
+        return entries
+    n, s = a.shape
+    return entries.new_zeros(len(entries), n * s, entries.shape[2]).index_add_(1, a.rows, entries)
+
+
+def _moved(a: OneHot, device: torch.device | str | None) -> OneHot:
+    def to(t: Tensor | None) -> Tensor | None:
+        return t if t is None else t.to(device=device)
+
+    bags = a.bags
+    if bags is not None:
+        bags = Bags(to(bags.row), bags.shape, to(bags.weight))
+    return replace(a, index=to(a.index), mask=to(a.mask), bags=bags)

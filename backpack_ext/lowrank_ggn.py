@@ -1,0 +1,452 @@
+r"""The generalised Gauss-Newton matrix in low-rank form: its spectrum, eigenvectors, noise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext.coverage import parameter_paths
+from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.extension import Vectors, check_samples
+from backpack_ext.factor_extension import FactorExtension, Selection
+from backpack_ext.factor_store import groups_of, named_groups
+from backpack_ext.recomputed import Recomputation, RecomputedFactor
+from backpack_ext.unit import Unit
+from curvature import Eigenpairs, Eigenvectors, LowRank
+from curvature.factor import Centered
+
+FISHER = ("exact", "mc", "empirical")
+GROUPS = ("layers", "parameters")
+
+# One tensor per parameter.
+Step = dict[nn.Parameter, Tensor]
+
+# The parameters of a group, and its block.
+Group = tuple[tuple[nn.Parameter, ...], LowRank]
+
+
+class LowRankGGN(FactorExtension):
+    r"""The GGN (Fisher) of the loss as written as :math:`V V^T`, known through its Gram matrix.
+
+    .. math::  G = \sum_n J_n^T H_n J_n = V V^T, \quad V = (J_n^T S_{vn})_{vn},
+        \quad (V^T V)_{vn,wm} = \sum_{\mathrm{layers}} \sum_{st}
+        (a_{ns} \cdot a_{mt} + 1) (b_{vns} \cdot b_{wmt})
+
+    with the columns :math:`S_{vn}` of a root of the loss's Hessian :math:`H_n` (reduction included)
+    propagated to ``b[v,n,s,o]`` at the outputs of layers with inputs ``a[n,s,i]``. Columns are ordered
+    ``(v n)``, data fastest. V is never formed; what is asked for after the backward pass is computed
+    from the layers' a and b, which the object keeps.
+
+    After the backward pass, `block` (or `blocks`, by group) is the `curvature.LowRank`, and each
+    parameter's ``low_rank_ggn`` is that of its group. The methods below ask it; where there are several
+    groups they return one result per group, by name, unless they say otherwise. The same field serves
+    `curvature.BlockDiagonalOperator.of_parameters`.
+
+    Args:
+        fisher: ``"exact"`` (all columns of the root), ``"mc"`` (samples; unbiased), or ``"empirical"``:
+            columns are per-sample gradients, :math:`V V^T = r c \sum_n g_n g_n^T` with the gradients
+            :math:`g_n` of the data's unscaled losses.
+        mc_samples: Number of samples for ``"mc"``.
+        subsample: Indices of the data whose columns are kept, scaled by :math:`\sqrt{N / |S|}`; all
+            by default. Slopes (`directional_gradients`) are those of all data.
+        param_groups: Blocks of a block-diagonal approximation: None (one block for all parameters),
+            ``"layers"`` (one per module), ``"parameters"``, or a sequence of groups, each a sequence of
+            parameters or a dictionary with ``"params"`` (and maybe ``"name"``), as for an optimizer.
+        center: Whether to subtract from each column the mean over the data. With
+            ``fisher="empirical"`` that is N times the covariance of the gradients (times r c).
+        gradients: Whether to keep the data's gradients, for `directional_gradients` and Newton steps.
+        dtype: Data type in which Gram matrices are decomposed.
+        rtol: Eigenvalues below ``rtol`` times the largest count as zero; see `curvature.LowRank`.
+        generator: Random generator for ``"mc"``; a private one by default.
+        savefield: Attribute of the parameters that receives the block.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+        max_columns: ``fisher="exact"`` refuses beyond that many columns per datum.
+        max_memory: How many bytes of a and b may be kept.
+        closure: Returns the loss of the same mini-batch, without calling backward. Beyond
+            ``max_memory``, each product recomputes the backward pass with it, some data at a time (and
+            a warning says so). It must be deterministic.
+
+    Raises:
+        ValueError: If an option is none of those listed, a parameter is in two groups or frozen, or (in
+            the backward pass) an index lies outside of the batch.
+        UnsupportedError: In the backward pass, beyond ``max_memory`` without a closure; or if a layer
+            couples the data (batch norm in training mode).
+
+    References:
+        Dangel, Tatzel & Hennig (2022), ViViT: Curvature access through the generalized Gauss-Newton's
+        low-rank structure.
+
+    Example:
+        >>> from backpack_ext import LowRankGGN, backpack, extend
+        >>> model, loss_fn = extend(nn.Linear(2, 1, bias=False)), extend(nn.MSELoss(reduction="sum"))
+        >>> X = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+        >>> with backpack(LowRankGGN()) as context:
+        ...     loss_fn(model(X), torch.zeros(2, 1)).backward()
+        >>> context.exts[0].eigvalsh()  # of 2 X^T X
+        tensor([18.,  8.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        fisher: str = "exact",
+        mc_samples: int = 1,
+        subsample: Sequence[int] | None = None,
+        param_groups: str | Iterable | None = None,
+        center: bool = False,
+        gradients: bool = True,
+        dtype: torch.dtype = torch.float64,
+        rtol: float | None = None,
+        generator: torch.Generator | None = None,
+        savefield: str = "low_rank_ggn",
+        unsupported: str = "raise",
+        max_columns: int = 1000,
+        max_memory: int = 2**31,
+        closure: Callable[[], Tensor] | None = None,
+    ):
+        if fisher not in FISHER:
+            raise ValueError(f"LowRankGGN: fisher={fisher!r}; expected one of {FISHER}.")
+        check_samples("LowRankGGN", mc_samples)
+        super().__init__(savefield, unsupported, generator)
+        self.fisher, self.center, self.gradients = fisher, center, gradients
+        self.dtype, self.rtol = dtype, rtol
+        self.subsample = None if subsample is None else [int(k) for k in subsample]
+        if self.subsample == []:
+            raise ValueError(
+                "LowRankGGN: subsample is empty; expected indices of data, or None for all."
+            )
+        self.param_groups = _checked_groups(param_groups)
+        self.max_columns, self.max_memory, self.closure = max_columns, max_memory, closure
+        kind = "gradient" if fisher == "empirical" else fisher
+        self.vectors = Vectors(kind, mc_samples, gradient=gradients and fisher != "empirical")
+        self._blocks: dict[str, LowRank] | None = None
+        self._parameters: dict[str, tuple[nn.Parameter, ...]] = {}
+        self._warned = False
+        # the generator's state before the first samples of a pass
+        self._random: Tensor | None = None
+
+    @property
+    def needs_scale(self) -> bool:
+        """The gradient of a loss carries r c; outer products of it are to carry it once."""
+        return self.fisher == "empirical"
+
+    @property
+    def marks(self) -> bool:
+        """A closure is to compute the same again."""
+        return self.closure is not None
+
+    # ------------------------------------------------------------------ the backward pass
+
+    def selection(self, batch: int) -> Selection:
+        """Return the data of the sub-sample, which stand for all."""
+        if self.subsample is None:
+            return None, 1.0
+        if any(not -batch <= k < batch for k in self.subsample):
+            raise ValueError(f"LowRankGGN: subsample={self.subsample} for a batch of {batch}.")
+        data = torch.tensor(self.subsample) % batch
+        return data, sqrt(batch / len(data))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator that samples are drawn from; note its state."""
+        generator = super().generator(device)
+        if self.closure is not None and self._random is None:
+            self._random = generator.get_state()
+        return generator
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Keep one layer's inputs and vectors."""
+        super().absorb(store, unit)
+        if self.fisher == "empirical" and self.gradients:
+            self.absorb_gradient(store, [unit])
+
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, LowRank]]:
+        """Make the blocks."""
+        blocks = store["blocks"] if "blocks" in store else self._make(store)
+        self._blocks = {name: block for name, (_, block) in blocks.items()}
+        self._parameters = {name: parameters for name, (parameters, _) in blocks.items()}
+        self._random = None
+        return [(p, block) for parameters, block in blocks.values() for p in parameters]
+
+    def _make(self, store: dict) -> dict[str, Group]:
+        """Return each group's parameters and block."""
+        if "columns" not in store:
+            return {}
+        self.settle(store)
+        columns, slopes = store["columns"], store.get("slopes")
+        if slopes is not None:
+            slopes.close_chunk()
+        paths = parameter_paths()
+        order = {key: k for k, key in enumerate(paths)}
+        reached = sorted(columns.parameters, key=lambda p: order.get(id(p), len(order)))
+        groups = groups_of(self.param_groups, reached, lambda p: paths.get(id(p), "(unknown)"))
+        data, scale = self.selection(columns.batch)
+        data = torch.arange(columns.batch) if data is None else data
+        slots = sum(columns.widths)
+        if store["bytes"] > self.max_memory:
+            of_columns = self._again(store, self.vectors, data, scale, slots, reached)
+            of_slopes = None
+            if slopes is not None:
+                everything = torch.arange(columns.batch)
+                of_slopes = self._again(
+                    store, Vectors("gradient"), everything, float(columns.batch), 1, reached
+                )
+        else:
+            of_columns, of_slopes = columns.factor, None if slopes is None else slopes.factor
+        found = {}
+        for name, parameters in groups.items():
+            factor = of_columns(parameters)
+            if self.center:
+                factor = Centered(factor, slots)
+            found[name] = (
+                parameters,
+                LowRank(
+                    factor,
+                    owner=torch.arange(len(data), device=factor.device).repeat(slots),
+                    data=len(data),
+                    slopes=None if of_slopes is None else of_slopes(parameters),
+                    dtype=self.dtype,
+                    rtol=self.rtol,
+                ),
+            )
+        return found
+
+    def _again(
+        self,
+        store: dict,
+        vectors: Vectors,
+        data: Tensor,
+        scale: float,
+        slots: int,
+        parameters: Sequence[nn.Parameter],
+    ) -> Callable[[Sequence[nn.Parameter]], RecomputedFactor]:
+        """Return what makes factors that are recomputed for each product.
+
+        Raises:
+            UnsupportedError: If there is no closure.
+        """
+        size, batch = store["bytes"], store["columns"].batch
+        what = f"LowRankGGN: inputs and vectors of the layers take {_text(size)}, more than max_memory="
+        what += _text(self.max_memory)
+        if self.closure is None:
+            raise UnsupportedError(
+                f"{what}. Raise max_memory; or pass closure=, which returns the loss of this mini-batch "
+                "again, to have products recompute the backward pass in parts; or use a sub-sample, or "
+                'fisher="mc".'
+            )
+        # two parts are there at a time, and as much again while one is put together
+        chunk = max(1, int(batch * self.max_memory / (4 * size)))
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{what}. Each product runs the closure's backward pass again, for {chunk} of {batch} "
+                "data at a time.",
+                stacklevel=2,
+            )
+        columns = vectors is self.vectors
+        again = Recomputation(
+            closure=self.closure,
+            vectors=Vectors(vectors.kind, vectors.samples),
+            scaled=columns and self.needs_scale,
+            data=data,
+            scale=scale,
+            slots=slots,
+            chunk=chunk,
+            parameters=list(parameters),
+            random=self._random if columns and vectors.kind == "mc" else None,
+            max_columns=self.max_columns,
+            like=torch.zeros(0, dtype=store["columns"].dtype, device=parameters[0].device),
+            mark=store["mark"] if columns else None,
+        )
+        return partial(RecomputedFactor, again)
+
+    def merge(self, total: dict, store: dict, weight: float) -> None:
+        """Add the columns of a batch, put on the total's scale.
+
+        Raises:
+            UnsupportedError: If the batch's factors are recomputed: the batch will be gone.
+        """
+        if self.closure is not None:
+            raise UnsupportedError(
+                "LowRankGGN: a closure computes the loss of one mini-batch, not of a data set. Raise "
+                "max_memory instead."
+            )
+        blocks = store["blocks"] if "blocks" in store else self._make(store)
+        merged = total.setdefault("blocks", {})
+        for name, (parameters, block) in blocks.items():
+            scaled = block.scaled(weight)
+            merged[name] = parameters, merged[name][1] + scaled if name in merged else scaled
+
+    def over_batches(self):
+        """Refuse sub-sampling and centring: both belong to one batch."""
+        if self.subsample is not None or self.center:
+            raise ValueError("LowRankGGN: subsample and center are for one batch, not for a data set.")
+        return super().over_batches()
+
+    # ------------------------------------------------------------------ results
+
+    @property
+    def blocks(self) -> dict[str, LowRank]:
+        """The blocks of the last backward pass, by group.
+
+        Raises:
+            RecordingError: If there was none.
+        """
+        if self._blocks is None:
+            raise RecordingError(
+                "LowRankGGN: no backward pass has run with this extension yet. Call backward() on an "
+                "extended loss inside `with backpack(...)` first."
+            )
+        return self._blocks
+
+    @property
+    def block(self) -> LowRank:
+        """The block of the only group.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        blocks = self.blocks
+        if len(blocks) != 1:
+            raise ValueError(
+                f"LowRankGGN: there are {len(blocks)} groups ({', '.join(blocks)}); take one of "
+                "`blocks`."
+            )
+        return next(iter(blocks.values()))
+
+    @property
+    def parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The parameters of each group, in the order of its block's ``shapes``."""
+        return self._parameters if self.blocks else {}
+
+    def _each(self, function: Callable[[LowRank], Any]) -> Any:
+        """Return one result; a dictionary by group if there are several groups."""
+        blocks = self.blocks
+        if self.param_groups is None:
+            return function(self.block)
+        return {name: function(block) for name, block in blocks.items()}
+
+    def eigvalsh(self) -> Tensor | dict[str, Tensor]:
+        """Return the non-zero eigenvalues ``[K]``, descending."""
+        return self._each(lambda block: block.eigvalsh())
+
+    def eigh(
+        self, k: int | None = None, criterion: Callable[[Tensor], Tensor] | None = None
+    ) -> Eigenpairs | dict[str, Eigenpairs]:
+        """Return eigenpairs: all, the k largest, or those that a criterion picks; see `LowRank.eigh`."""
+        return self._each(lambda block: block.eigh(k, criterion))
+
+    def eigenvectors(self, k: int | None = None) -> Eigenvectors | dict[str, Eigenvectors]:
+        """Return the (k leading) eigenvectors as implicit operators; see `LowRank.eigenvectors`."""
+        return self._each(lambda block: block.eigenvectors(k))
+
+    def directional_gradients(self, k: int | None = None) -> Tensor | dict[str, Tensor]:
+        r"""Return :math:`\gamma_{nk} = e_k \cdot \nabla \ell_n`, ``[N, K]``.
+
+        Of the data's own losses :math:`\ell_n = N r \sum_t \ell_{nt}`, whose mean is the total.
+        """
+        return self._each(lambda block: block.eigh(k).directional_gradients())
+
+    def directional_curvatures(self, k: int | None = None) -> Tensor | dict[str, Tensor]:
+        r"""Return :math:`\lambda_{nk} = e_k^T G_n e_k`, ``[N, K]``, with the GGN of the same losses.
+
+        The mean over n is the eigenvalue. N is the size of the sub-sample, if there is one.
+        """
+        return self._each(lambda block: block.eigh(k).directional_curvatures())
+
+    def newton_step(
+        self,
+        damping: float | Tensor | Callable[[Tensor, Tensor], Tensor] = 0.0,
+        k: int | None = None,
+        criterion: Callable[[Tensor], Tensor] | None = None,
+    ) -> Step:
+        r"""Return :math:`-\sum_k \bar\gamma_k / (\lambda_k + \delta_k) e_k`, by parameter.
+
+        Args:
+            damping: :math:`\delta`: a number, a tensor ``[K]``, or a function of the directional
+                gradients and curvatures such as `curvature.noise_damping`; see
+                `curvature.Eigenpairs.newton_step`.
+            k: Number of directions; all by default.
+            criterion: See `eigh`.
+        """
+        return self._joined(lambda block: block.eigh(k, criterion).newton_step(damping))
+
+    def matvec(self, vector: Mapping[nn.Parameter, Tensor]) -> Step:
+        """Return ``G v``, by parameter, of tensors by parameter ``[..., *shape]``."""
+        return self._joined(lambda block, *parts: block.matvec(*parts), vector)
+
+    def solve(self, vector: Mapping[nn.Parameter, Tensor], damping: float) -> Step:
+        r"""Return :math:`(G + \delta I)^{-1} v`, by parameter."""
+        return self._joined(lambda block, *parts: block.solve(*parts, damping=damping), vector)
+
+    def logdet(self, damping: float) -> Tensor:
+        r"""Return :math:`\log\det(G + \delta I)` over all groups."""
+        return sum(block.logdet(damping) for block in self.blocks.values())
+
+    def trace(self) -> Tensor:
+        """Return the trace over all groups."""
+        return sum(block.trace() for block in self.blocks.values())
+
+    def _joined(self, function: Callable, vector: Mapping[nn.Parameter, Tensor] | None = None) -> Step:
+        """Apply a function to each block and its parts of a vector; sort the results by parameter."""
+        found: Step = {}
+        for name, block in self.blocks.items():
+            parameters = self._parameters[name]
+            if vector is not None:
+                missing = [tuple(p.shape) for p in parameters if p not in vector]
+                if missing:
+                    raise ValueError(
+                        "LowRankGGN: expected one tensor for each parameter of the groups; there is "
+                        f"none for parameters of shape {', '.join(map(str, missing))}."
+                    )
+            result = function(block, *(vector[p] for p in parameters) if vector is not None else ())
+            result = (result,) if isinstance(result, Tensor) else result
+            found.update(zip(parameters, result, strict=True))
+        return found
+
+
+def _checked_groups(param_groups):
+    """Return the groups as they came, sequences and not iterators.
+
+    Raises:
+        ValueError: If a parameter is frozen or in two groups, or a group is something else.
+    """
+    if param_groups is None:
+        return None
+    if isinstance(param_groups, str):
+        if param_groups not in GROUPS:
+            raise ValueError(
+                f"LowRankGGN: param_groups={param_groups!r}; expected None, one of {GROUPS}, or a "
+                "sequence of groups of parameters."
+            )
+        return param_groups
+    groups = [
+        dict(g, params=list(g["params"])) if isinstance(g, dict) else list(g) for g in param_groups
+    ]
+    seen: dict[int, str] = {}
+    for name, group in named_groups(groups).items():
+        for p in group:
+            if not isinstance(p, nn.Parameter) or not p.requires_grad:
+                raise ValueError(
+                    f"LowRankGGN: group {name} holds a {type(p).__name__} that is no trainable "
+                    "parameter."
+                )
+            if id(p) in seen:
+                raise ValueError(
+                    f"LowRankGGN: a parameter of shape {tuple(p.shape)} is in the groups "
+                    f"{seen[id(p)]} and {name}; blocks cannot overlap."
+                )
+            seen[id(p)] = name
+    return groups
+
+
+def _text(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

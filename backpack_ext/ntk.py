@@ -1,0 +1,198 @@
+r"""The empirical neural tangent kernel, from factored Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext.attach import tie
+from backpack_ext.context import backpack
+from backpack_ext.coverage import parameter_paths
+from backpack_ext.errors import RecordingError
+from backpack_ext.extend import extend_once
+from backpack_ext.extension import Vectors
+from backpack_ext.factor_extension import FactorExtension
+from backpack_ext.layer_factor import LayerFactor
+from backpack_ext.loss_call import LossCall
+from backpack_ext.losses import OutputsRule
+from curvature.factor import DenseFactor, Factor, Stacked
+
+
+class _OutputColumns(FactorExtension):
+    """Keeps the factor of unit vectors at the model's output."""
+
+    vectors = Vectors("exact")
+
+    def __init__(self, unsupported: str, max_columns: int):
+        super().__init__("_ntk", unsupported)
+        self.max_columns, self.store = max_columns, None
+
+    def finish(self, store: dict) -> list:
+        """Keep the store; nothing lands on parameters."""
+        self.store = store.get("columns")
+        return []
+
+
+@dataclass(eq=False)
+class Features:
+    """The Jacobian of a model's outputs at some inputs, as a factor.
+
+    Args:
+        factor: :math:`J^T`, ``[P, (C N)]``; columns are ordered by output, data fastest.
+        data: Number of data N.
+        outputs: Number of outputs C of a datum.
+    """
+
+    factor: Factor
+    data: int
+    outputs: int
+
+
+class NTK:
+    r"""The empirical neural tangent kernel :math:`K_{nm,cd} = \nabla f_c(x_n) \cdot \nabla f_d(x'_m)`.
+
+    Neither Jacobians nor per-sample gradients are formed as a whole: one sweep with unit vectors at
+    the output brings ``b[v,n,s,o]`` to each layer, and with the layer's inputs a the kernel is that of
+    `LowRankGGN`, with another seed. Only the factors of the two sets of inputs are held.
+
+    Args:
+        model: The model; it is extended if it is not yet. All its trainable parameters that its output
+            depends on count.
+        outputs: Which outputs: ``"full"``, all pairs of outputs; ``"trace"``, the sum over equal outputs
+            :math:`\sum_c K_{nm,cc}`, at the cost of one; or indices of outputs, all pairs of these. A
+            datum's outputs are flattened.
+        unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
+        max_columns: ``outputs="full"`` refuses beyond that many outputs per datum.
+
+    Raises:
+        ValueError: If ``outputs`` is none of these.
+
+    References:
+        Jacot, Gabriel & Hongler (2018), Neural tangent kernel: convergence and generalization in neural
+        networks.
+
+    Example:
+        >>> from torch import nn
+        >>> from backpack_ext import NTK
+        >>> X = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+        >>> NTK(nn.Linear(2, 3), outputs="trace").gram(X)  # 3 (X X^T + 1)
+        tensor([[ 6.,  6.],
+                [ 6., 18.]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: str | Sequence[int] = "full",
+        unsupported: str = "raise",
+        max_columns: int = 1000,
+    ):
+        if isinstance(outputs, str):
+            if outputs not in ("full", "trace"):
+                raise ValueError(
+                    f"NTK: outputs={outputs!r}; expected 'full', 'trace' or indices of outputs."
+                )
+            self.indices = None
+        else:
+            self.indices = [int(k) for k in outputs]
+            if not self.indices:
+                raise ValueError("NTK: outputs is empty; expected indices of outputs.")
+        self.model, self.outputs = extend_once(model), outputs
+        self.unsupported, self.max_columns = unsupported, max_columns
+
+    def features(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Features:
+        """Return the model's Jacobian at some inputs, as a factor over its parameters.
+
+        Args:
+            x: The inputs ``[N, ...]``.
+            parameters: Values of parameters (and buffers), by name as in ``state_dict``, in place of the
+                model's own; the model is as before afterwards.
+
+        Raises:
+            KeyError: If a name is none of the model's.
+            ValueError: If a value has another shape, or an index is none of a datum's outputs.
+            RecordingError: If the output depends on no trainable parameter.
+            UnsupportedError: If a layer couples the data (batch norm in training mode).
+        """
+        ext = _OutputColumns(self.unsupported, self.max_columns)
+        with _parameters(self.model, parameters), torch.enable_grad(), backpack(ext):
+            z = self.model(x)
+            if not isinstance(z, Tensor) or not z.requires_grad:
+                raise RecordingError(
+                    "NTK: the model must return one tensor that depends on trainable parameters; it "
+                    f"returned a {type(z).__name__}. Wrap it in a module that returns its logits."
+                )
+            value = z.sum()
+            # only the rule is asked for anything: there is no loss
+            call = LossCall(nn.MSELoss(reduction="sum"), z, z.detach())
+            call.rule = OutputsRule(self.indices)
+            tie(value, call)
+            torch.autograd.grad(value, z)
+        store = ext.store
+        if store is None:
+            raise RecordingError("NTK: the model's output depends on no parameter that a rule covers.")
+        places = {key: k for k, key in enumerate(parameter_paths())}
+        reached = sorted(store.parameters, key=lambda p: places.get(id(p), len(places)))
+        return Features(store.factor(reached), store.batch, sum(store.widths))
+
+    def gram(self, x1: Tensor | Features, x2: Tensor | Features | None = None) -> Tensor:
+        """Return the kernel of two sets of inputs.
+
+        Args:
+            x1: Inputs ``[N, ...]``, or `features`.
+            x2: Other inputs ``[M, ...]``, or features, of other values of the parameters maybe; x1 by
+                default.
+
+        Returns:
+            ``[N, M, C, C]``, or ``[N, M]`` for ``outputs="trace"``.
+        """
+        one = x1 if isinstance(x1, Features) else self.features(x1)
+        two = one if x2 is None else x2 if isinstance(x2, Features) else self.features(x2)
+        if self.outputs == "trace":
+            return _trace(one.factor, two.factor, one.data, two.data)
+        K = one.factor.gram(two.factor)
+        K = K.reshape(one.outputs, one.data, two.outputs, two.data)
+        return K.permute(1, 3, 0, 2)
+
+
+def _trace(one: Factor, two: Factor, N: int, M: int) -> Tensor:
+    """Return the sum over equal outputs of ``J J'^T``, ``[N, M]``."""
+    if isinstance(one, Stacked) and isinstance(two, Stacked):
+        pairs = zip(one.parts, two.parts, strict=True)
+        return sum(_trace(a, b, N, M) for a, b in pairs)
+    if isinstance(one, LayerFactor) and isinstance(two, LayerFactor):
+        return one.folded().gram(None if two is one else two.folded())
+    if isinstance(one, DenseFactor) and isinstance(two, DenseFactor):
+        rows, others = (
+            f.rows.unflatten(0, (-1, k)).transpose(0, 1).flatten(1) for f, k in ((one, N), (two, M))
+        )
+        return rows @ others.mT
+    # a parameter in several roles: their cross terms need all outputs
+    K = one.gram(two).reshape(-1, N, one.columns // N, M)
+    return K.diagonal(dim1=0, dim2=2).sum(-1)
+
+
+@contextmanager
+def _parameters(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Have a model's parameters and buffers take other values."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    values = {} if values is None else values
+    for name, value in values.items():
+        if name not in own:
+            raise KeyError(f"NTK: the model has no parameter or buffer {name!r}.")
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"NTK: {name} has shape {tuple(own[name].shape)}, the value given {tuple(value.shape)}."
+            )
+    before = {name: own[name].data for name in values}
+    try:
+        for name, value in values.items():
+            own[name].data = value.detach().to(own[name])
+        yield
+    finally:
+        for name, value in before.items():
+            own[name].data = value

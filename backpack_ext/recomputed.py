@@ -1,0 +1,223 @@
+"""Factors that are too large to be kept: each product runs the backward pass again, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isclose
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext.context import backpack
+from backpack_ext.errors import RecordingError
+from backpack_ext.extension import Vectors
+from backpack_ext.factor_extension import FactorExtension, Selection
+from curvature.factor import DenseFactor, Factor, Stacked
+
+
+class Part(FactorExtension):
+    """Keeps the factors of some of the data of one pass, and its mark.
+
+    Args:
+        vectors: Which vectors.
+        scaled: Whether the gradient's outer products are to carry r c once (empirical Fisher).
+        selection: The data, and the factor of their vectors.
+        max_columns: As for the extension that asks.
+    """
+
+    def __init__(self, vectors: Vectors, scaled: bool, selection: Selection, max_columns: int):
+        super().__init__("_part", unsupported="skip")
+        self.vectors, self.scaled, self.max_columns = vectors, scaled, max_columns
+        self._selection = selection
+        self.found, self.mark = None, 0.0
+
+    marks = True
+
+    @property
+    def needs_scale(self) -> bool:
+        """The gradient of a loss carries r c; outer products of it are to carry it once."""
+        return self.scaled
+
+    def selection(self, batch: int) -> Selection:
+        """Return what was asked for."""
+        return self._selection
+
+    def finish(self, store: dict) -> list:
+        """Keep the store; nothing lands on parameters."""
+        self.found, self.mark = store.get("columns"), store.get("mark", 0.0)
+        return []
+
+
+@dataclass(eq=False)
+class Recomputation:
+    """How to have a factor again, some data at a time.
+
+    Args:
+        closure: Returns the loss of the mini-batch.
+        vectors: Which vectors are the columns.
+        scaled: See `Part`.
+        data: The data whose columns there are, ``[n]``.
+        scale: The factor of the vectors.
+        slots: Number of columns per datum.
+        chunk: How many data at a time.
+        parameters: All parameters that vectors arrive at.
+        random: State of the random generator before the first pass; None if nothing is random.
+        max_columns: See `Part`.
+        like: A tensor of the factors' data type and device.
+        mark: What a pass over the same data is recognised by; None if not known yet.
+    """
+
+    closure: Callable[[], Tensor]
+    vectors: Vectors
+    scaled: bool
+    data: Tensor
+    scale: float
+    slots: int
+    chunk: int
+    parameters: Sequence[nn.Parameter]
+    random: Tensor | None
+    max_columns: int
+    like: Tensor
+    mark: float | None = None
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield the places, among the data, of each part."""
+        yield from torch.arange(len(self.data)).split(self.chunk)
+
+    def run(self, places: Tensor, parameters: Sequence[nn.Parameter]) -> Factor:
+        """Return the factor of some data's columns over some parameters.
+
+        Raises:
+            RecordingError: If the closure returns another loss than before.
+        """
+        part = Part(self.vectors, self.scaled, (self.data[places], self.scale), self.max_columns)
+        if self.random is not None:
+            part._generator = torch.Generator(self.like.device)
+            part._generator.set_state(self.random)
+        with torch.enable_grad(), backpack(part):
+            loss = self.closure()
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise RecordingError(
+                    "LowRankGGN: the closure must return the loss of the mini-batch, a scalar that "
+                    f"requires a gradient, without calling backward; it returned {loss!r:.80}."
+                )
+            torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if self.mark is not None and not isclose(part.mark, self.mark, rel_tol=1e-3):
+            raise RecordingError(
+                "LowRankGGN: the closure computed something else than the last pass (its vectors' "
+                f"sizes add up to {part.mark:g}, not to {self.mark:g}). It must compute the same loss "
+                "of the same data with the same parameters each time: no dropout, no next mini-batch."
+            )
+        self.mark = part.mark
+        return part.found.factor(parameters)
+
+
+class RecomputedFactor(Factor):
+    """A factor V that is formed again for each product, some data at a time.
+
+    Args:
+        recomputation: How.
+        parameters: The parameters that it is over.
+    """
+
+    __slots__ = ("parameters", "recomputation", "scale")
+
+    def __init__(
+        self, recomputation: Recomputation, parameters: Sequence[nn.Parameter], scale: float = 1.0
+    ):
+        self.recomputation, self.parameters, self.scale = recomputation, tuple(parameters), scale
+
+    def _parts(self) -> Iterator[tuple[Tensor, Factor]]:
+        """Yield the columns of each part, and their factor."""
+        again = self.recomputation
+        slots = torch.arange(again.slots)[:, None] * len(again.data)
+        for places in again.chunks():
+            part = again.run(places, self.parameters)
+            yield (slots + places).flatten(), part if self.scale == 1 else part.scaled(self.scale)
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of the parameters."""
+        return tuple(p.shape for p in self.parameters)
+
+    @property
+    def columns(self) -> int:
+        """Number of columns."""
+        return self.recomputation.slots * len(self.recomputation.data)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A tensor without entries: nothing is held."""
+        return (self.recomputation.like,)
+
+    def _own_gram(self) -> Tensor:
+        out = self._zeros(self.columns, self.columns)
+        for k, (here, part) in enumerate(self._parts()):
+            out[here[:, None], here] = part.gram()
+            for j, (there, other) in enumerate(self._parts()):
+                if j == k:
+                    break
+                block = part.gram(other)
+                out[here[:, None], there] = block
+                out[there[:, None], here] = block.mT
+        return out
+
+    def _gram_with(self, other: Factor) -> Tensor:
+        out = self._zeros(self.columns, other.columns)
+        for here, part in self._parts():
+            out[here] = part.gram(other)
+        return out
+
+    def _gram_from(self, one: Factor) -> Tensor:
+        out = self._zeros(one.columns, self.columns)
+        for here, part in self._parts():
+            out[:, here] = one.gram(part)
+        return out
+
+    def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        """Return ``V c``; see `Factor.apply`."""
+        total = None
+        for here, part in self._parts():
+            found = part.apply(coefficients[:, here])
+            total = found if total is None else tuple(map(torch.add, total, found))
+        return total
+
+    def project(self, *vectors: Tensor) -> Tensor:
+        """Return ``V^T w``; see `Factor.project`."""
+        out = self._zeros(len(vectors[0]), self.columns)
+        for here, part in self._parts():
+            out[:, here] = part.project(*vectors)
+        return out
+
+    def square_sum(self) -> tuple[Tensor, ...]:
+        """Return the diagonal of ``V V^T``."""
+        total = None
+        for _, part in self._parts():
+            found = part.square_sum()
+            total = found if total is None else tuple(map(torch.add, total, found))
+        return total
+
+    def select(self, index: Tensor) -> Factor:
+        """Return the factor of some columns, which it keeps."""
+        c = self._zeros(len(index), self.columns)
+        c[torch.arange(len(index)), index] = 1
+        return Stacked([DenseFactor(rows) for rows in self.apply(c)])
+
+    def scaled(self, scale: float) -> Factor:
+        """Return a multiple of the factor."""
+        return RecomputedFactor(self.recomputation, self.parameters, self.scale * scale)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
+        """Refuse: it is formed where the model is.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "The factor is recomputed by the model, on its device and in its data type. Move the "
+            "results, or raise max_memory so that it is kept."
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return self.recomputation.like.new_zeros(shape)
