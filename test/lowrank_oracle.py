@@ -68,7 +68,7 @@ class Dense:
         return torch.einsum("vnd,ndp->vnp", S, self.J)
 
     def gradient_columns(self) -> Tensor:
-        """Columns `[1, N, P]` of the empirical Fisher `c r sum_n g_n g_n^T`; g_n of `sum_t l_nt`."""
+        """Columns of the empirical Fisher `c r sum_n g_n g_n^T`, g_n of `sum_t l_nt`; `[1, N, P]`."""
         unscaled = self.slopes / (self.N * self.scale)
         return self.scale**0.5 * unscaled[None]
 
@@ -107,8 +107,8 @@ def dense(problem: Problem, names: Sequence[str] | None = None, factor: float = 
 def root(problem: Problem, H: Tensor) -> Tensor:
     """The documented root `H_n = sum_v S_vn S_vn^T`, `[V, N, D]`, of the Hessian of a problem's loss.
 
-    Cross-entropy over C classes: column (t, c) is `sqrt(w_t q_tc) (e_c - q_t)` at position t; otherwise
-    column d is the root of the diagonal's entry d.
+    Otherwise than for cross-entropy, column d is the root of the diagonal's entry d. Of C classes, the
+    columns at position t are `sqrt(w_t q_tc) (e_c - q_t)`, reflected such that the last one vanishes.
     """
     if not isinstance(problem.loss_fn, nn.CrossEntropyLoss):
         return torch.diag_embed(H.diagonal(dim1=1, dim2=2).sqrt()).transpose(0, 1)
@@ -117,12 +117,16 @@ def root(problem: Problem, H: Tensor) -> Tensor:
     entry = torch.arange(logits.numel()).view(logits.shape).movedim(1, -1).reshape(N, -1, C)
     q = logits.softmax(1).flatten()[entry]  # [N, T, C]
     place = entry - entry.flatten(1).min(1).values[:, None, None]
-    S = torch.zeros(place[0].numel(), N, place[0].numel(), dtype=logits.dtype)
+    eye, k = torch.eye(C).to(q), C - 1
+    S = torch.zeros(place.shape[1] * k, N, place[0].numel(), dtype=logits.dtype)
     for n in range(N):
         for t, at in enumerate(place[n]):
             p, block = q[n, t], H[n][at][:, at]
             w = block.trace() / (1 - p.square().sum())
-            S[t * C : (t + 1) * C, n, at] = (w * p).sqrt()[:, None] * (torch.eye(C).to(p) - p)
+            rows = (w * p).sqrt()[:, None] * (eye - p)
+            mirror = p.sqrt() + eye[-1]
+            reflected = rows - 2 * mirror.outer(mirror @ rows) / mirror.square().sum()
+            S[t * k : (t + 1) * k, n, at] = reflected[:-1]
     return S
 
 
