@@ -85,3 +85,11 @@ def test_digits_by_adahesscale(tmp_path: Path):
     assert list(accuracy) == ["Adam", "AdaHesScale", "AdaHesScale-GN"]
     assert min(accuracy.values()) > 0.5
     assert (tmp_path / "digits_hesscale.png").stat().st_size > 5000
+
+
+def test_digits_spectra(tmp_path: Path):
+    lines = run("examples/digits_spectra.py", "--quick", "--out", str(tmp_path)).splitlines()
+    losses = [float(line.split()[3]) for line in lines if line.startswith("epoch")]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    for name in ("digits_spectra", "digits_noise"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
