@@ -11,6 +11,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from backpack import extend as theirs_extend
 from backpack import extensions as theirs
 from lowrank_oracle import (
     Dense,
@@ -810,6 +811,15 @@ def test_subset(name: str, reduction: str, subset: Sequence[int] | Tensor):
     close(step, newton_step(gamma, lam, 0.2, E), 1e-8)
 
 
+def test_order_of_a_subset():
+    """Rows of curvatures follow the indices; the matrix does not care."""
+    one, other = (low_rank(CASES["mlp"](), subsample=index) for index in ([4, 0], [0, 4]))
+    close(one.block.to_dense(), other.block.to_dense())
+    close(one.directional_curvatures(2), other.directional_curvatures(2).flip(0))
+    last = low_rank(CASES["mlp"](), subsample=[-3, 0])
+    close(last.block.to_dense(), one.block.to_dense())
+
+
 def test_subset_of_gradients():
     problem = CASES["mlp"]()
     ggn = low_rank(problem, fisher="empirical", subsample=[1, 4, 5])
@@ -1038,6 +1048,29 @@ def test_closure_with_options(name: str, options: dict):
     problem, expected = CASES[name](), CASES[name]()
     one = limited(problem, generator=seeded(), **options)
     same_blocks(one, low_rank(expected, generator=seeded(), **options))
+
+
+@recomputes
+@pytest.mark.parametrize("max_memory", [1000, 3000, 6000, 10000])
+def test_closure_in_larger_parts(max_memory: int):
+    problem = CASES["mlp"]()
+    ggn = low_rank(problem, max_memory=max_memory, closure=problem.loss)
+    same_blocks(ggn, low_rank(CASES["mlp"]()))
+
+
+def test_closure_says_so():
+    problem = small()
+    with pytest.warns(UserWarning, match="closure"):
+        limited(problem).eigvalsh()
+
+
+@recomputes
+def test_closure_that_draws_anew():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3))
+    problem = classification(model, torch.randn(6, 4))
+    with pytest.raises((RecordingError, ValueError), match="closure"):
+        limited(problem).eigvalsh()
 
 
 @recomputes
@@ -1341,6 +1374,50 @@ def test_passes_replace_results():
     close(ggn.block.to_dense(), of_group(dense(copy.deepcopy(problem)), problem.model, ggn).matrix())
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "vit_params"])
+def test_results_do_not_follow_parameters(name: str):
+    problem = CASES[name]()
+    ggn = low_rank(problem)
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.mul_(2)
+    here = of_group(reference(name), problem.model, ggn)
+    close(ggn.block.to_dense(), here.matrix())
+    close(ggn.directional_gradients(1).abs(), here.gradients(rows(ggn.eigenvectors(1).explicit())).abs())
+
+
+class Queries(nn.Module):
+    """A layer on a parameter: its input is what an optimizer overwrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.mix = nn.Parameter(torch.randn(1, 2, 4)), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.mix(self.query.expand(len(x), -1, -1))
+        return self.head((q @ x.mT).softmax(-1).matmul(x).tanh().mean(1))
+
+
+@pytest.mark.parametrize("what", ["inputs", "parameters"])
+def test_results_do_not_follow_what_is_overwritten(what: str):
+    """A buffer of inputs that is filled anew, a parameter that a layer reads: right, or an error."""
+    torch.manual_seed(0)
+    problem = classification(Queries(), torch.randn(3, 5, 4)) if what == "parameters" else CASES["mlp"]()
+    found = dense(copy.deepcopy(problem))
+    ggn = low_rank(problem)
+    here = of_group(found, problem.model, ggn)
+    with torch.no_grad():
+        for t in problem.model.parameters() if what == "parameters" else problem.inputs:
+            t.mul_(3)
+    try:
+        M = ggn.block.to_dense()
+    except RuntimeError as error:
+        assert "modified" in str(error)
+    else:
+        close(M, here.matrix())
+
+
 def test_retained_graph():
     problem = CASES["mlp"]()
     extend(problem.model), extend(problem.loss_fn)
@@ -1374,6 +1451,7 @@ def test_beside_other_extensions(name: str):
 def test_beside_backpacks_own_extensions():
     problem = CASES["mlp"]()
     ggn = LowRankGGN()
+    theirs_extend(problem.model), theirs_extend(problem.loss_fn)
     run(problem, theirs.DiagGGNExact(), ggn, theirs.Variance())
     check_block(ggn, problem, reference("mlp"))
     (parameters,) = ggn.parameters.values()
