@@ -1418,6 +1418,21 @@ def test_results_do_not_follow_what_is_overwritten(what: str):
         close(M, here.matrix())
 
 
+@pytest.mark.parametrize("name", ["tokens", "attention"])
+def test_some_gradients_only(name: str):
+    """`backward(inputs=...)` computes no other gradients, but the whole matrix."""
+    problem = of_bare(name)
+    found, ggn = dense(of_bare(name)), LowRankGGN()
+    extend(problem.model), extend(problem.loss_fn)
+    with backpack(ggn):
+        problem.loss().backward(inputs=[problem.model.head.weight])
+    check_block(ggn, problem, found)
+    pairs = ggn.eigh(2)
+    E = rows(pairs.vectors.explicit())
+    close(pairs.directional_gradients(), of_group(found, problem.model, ggn).gradients(E))
+    assert problem.model.head.bias.grad is None
+
+
 def test_retained_graph():
     problem = CASES["mlp"]()
     extend(problem.model), extend(problem.loss_fn)
