@@ -117,6 +117,8 @@ def extend(
 
 def extend_once(module: nn.Module) -> nn.Module:
     """Extend a module unless it is: what `extend` was told stays."""
+    if not isinstance(module, nn.Module):
+        return extend(module)  # which says what it expects
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return module if any(isinstance(_owner(hook), Hook) for hook in hooks) else extend(module)
 

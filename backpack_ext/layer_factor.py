@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -174,13 +174,10 @@ class LayerFactor(Factor):
         """Return a multiple of the factor."""
         return self._with(self.a, self.b * scale)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        if isinstance(self.a, OneHot):
-            a = _moved(self.a, device)
-        else:
-            a = self.a.to(device=device, dtype=dtype)
-        return self._with(a, self.b.to(device=device, dtype=dtype))
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        a = _mapped(self.a, function) if isinstance(self.a, OneHot) else function(self.a)
+        return self._with(a, function(self.b))
 
     def _with(self, a: Tensor | OneHot, b: Tensor) -> LayerFactor:
         return LayerFactor(a, b, self.shapes_, self.axes, self.part)
@@ -208,11 +205,11 @@ def tokens_to_b(a: OneHot, W: Tensor) -> Tensor:
     return entries.new_zeros(len(entries), n * s, entries.shape[2]).index_add_(1, a.rows, entries)
 
 
-def _moved(a: OneHot, device: torch.device | str | None) -> OneHot:
-    def to(t: Tensor | None) -> Tensor | None:
-        return t if t is None else t.to(device=device)
+def _mapped(a: OneHot, function: Callable[[Tensor], Tensor]) -> OneHot:
+    def new(t: Tensor | None) -> Tensor | None:
+        return t if t is None else function(t)
 
     bags = a.bags
     if bags is not None:
-        bags = Bags(to(bags.row), bags.shape, to(bags.weight))
-    return replace(a, index=to(a.index), mask=to(a.mask), bags=bags)
+        bags = Bags(new(bags.row), bags.shape, new(bags.weight))
+    return replace(a, index=new(a.index), mask=new(a.mask), bags=bags)

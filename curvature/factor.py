@@ -8,7 +8,7 @@ never.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +63,8 @@ class Factor(ABC):
         """Return a multiple of the factor."""
 
     @abstractmethod
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor of the same form, with what a function makes of each of the `tensors`."""
 
     # ------------------------------------------------------------------ products of two factors
 
@@ -122,6 +122,14 @@ class Factor(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensors that the factor holds."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
+        """Return the factor on another device, in another data type."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+        return self.mapped(move)
 
     def explicit(self) -> tuple[Tensor, ...]:
         """Return all columns as parameter-shaped tensors ``[q, *shape]``: V itself."""
@@ -208,9 +216,9 @@ class DenseFactor(Factor):
         """Return a multiple of the factor."""
         return DenseFactor(self.rows * scale)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        return DenseFactor(self.rows.to(device=device, dtype=dtype))
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return DenseFactor(function(self.rows))
 
 
 class _Parts(Factor):
@@ -230,9 +238,9 @@ class _Parts(Factor):
         """Return a multiple of the factor."""
         return type(self)([part.scaled(scale) for part in self.parts])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        return type(self)([part.to(device, dtype) for part in self.parts])
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return type(self)([part.mapped(function) for part in self.parts])
 
 
 class Stacked(_Parts):
@@ -488,9 +496,9 @@ class Centered(_Parts):
         """Return a multiple of the factor."""
         return Centered(self.parts[0].scaled(scale), self.slots)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        return Centered(self.parts[0].to(device, dtype), self.slots)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return Centered(self.parts[0].mapped(function), self.slots)
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -8,8 +8,8 @@ trained on scikit-learn's real scans of digits by gradient descent on half the s
 * |K_t - K_0| / |K_0| and 1 - cos(K_0, K_t): how far the kernel moved;
 * C' = 3 |J_t - J_0| / sqrt(lambda_min(K_0)): while it is at most one, K_0 vouches for convergence;
 * the alignment of the kernel with the labels, before and after: what features the network learned;
-* the test error of the network and of its linearisation after the same time, and how far their outputs are
-  apart, relative to how far the network's moved.
+* the test error of the network and of its linearisation after the same time, and how far their outputs
+  are apart, relative to how far the network's moved.
 
 Run it with ``python examples/kernel_regime.py --out out``; two minutes, ``--quick`` seconds.
 """
@@ -79,7 +79,9 @@ def train(network: nn.Module, x: Tensor, targets: Tensor, lr: float, steps: int)
         The number of steps, and half the mean over data of the squared error.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=MOMENTUM)
-    for step in range(1, steps + 1):
+    step = 0
+    while step < steps:
+        step += 1
         optimizer.zero_grad()
         loss = (network(x) - targets).square().sum() / 2
         loss.backward()
