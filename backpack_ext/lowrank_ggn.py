@@ -371,7 +371,7 @@ class LowRankGGN(FactorExtension):
 
         Of the data's own losses :math:`\ell_n = N r \sum_t \ell_{nt}`, whose mean is the total.
         """
-        return self._each(lambda block: block.eigh(k).directional_gradients())
+        return self._each(lambda block: _sloped(block).eigh(k).directional_gradients())
 
     def directional_curvatures(self, k: int | None = None) -> Tensor | dict[str, Tensor]:
         r"""Return :math:`\lambda_{nk} = e_k^T G_n e_k`, ``[N, K]``, with the GGN of the same losses.
@@ -395,7 +395,7 @@ class LowRankGGN(FactorExtension):
             k: Number of directions; all by default.
             criterion: See `eigh`.
         """
-        return self._joined(lambda block: block.eigh(k, criterion).newton_step(damping))
+        return self._joined(lambda block: _sloped(block).eigh(k, criterion).newton_step(damping))
 
     def matvec(self, vector: Mapping[nn.Parameter, Tensor]) -> Step:
         """Return ``G v``, by parameter, of tensors by parameter ``[..., *shape]``."""
@@ -429,6 +429,20 @@ class LowRankGGN(FactorExtension):
             result = (result,) if isinstance(result, Tensor) else result
             found.update(zip(parameters, result, strict=True))
         return found
+
+
+def _sloped(block: LowRank) -> LowRank:
+    """Return a block, or raise if the data's gradients are missing.
+
+    Raises:
+        RecordingError: If so.
+    """
+    if block.slopes is None:
+        raise RecordingError(
+            "LowRankGGN: the data's gradients were not kept. That is so with gradients=False, and where "
+            "the backward pass did not reach all layers (backward(inputs=...))."
+        )
+    return block
 
 
 def _checked_groups(param_groups):
