@@ -1,9 +1,9 @@
 """Networks of any width in two parametrisations that compute the same function at the start.
 
-*Standard*: weights are drawn from N(0, g^2 / fan_in). *NTK* (Jacot et al. 2018): weights are drawn
-from N(0, 1), and the layer's input is multiplied by g / sqrt(fan_in). Outputs have the same
-distribution; after the same seed they are the same. But derivatives by weights differ by that factor,
-and hence what gradient descent does.
+*Standard*: weights are drawn from N(0, g^2 / fan_in). *NTK* (Jacot et al. 2018): weights are drawn from
+N(0, 1), and the layer's input is multiplied by g / sqrt(fan_in). Outputs have the same distribution, and
+after the same seed are the same. But derivatives by weights differ by that factor, and hence what
+gradient descent does.
 """
 
 from collections.abc import Callable
