@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from backpack_ext.errors import RecordingError
-from backpack_ext.layer_gram import layer_gram
-from backpack_ext.normal import CHUNK, Bags, OneHot, square_sum
+from backpack_ext.layer_gram import layer_gram, layer_grams
+from backpack_ext.normal import CHUNK, Bags, OneHot, bias_per_sample, per_sample, square_sum
 from curvature import Axes
 from curvature.factor import Factor
 
@@ -82,6 +82,12 @@ class LayerFactor(Factor):
     def _own_gram(self) -> Tensor:
         return layer_gram(self.a, self.b, bias=self._bias)
 
+    def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
+        """Return ``V^T V`` and ``V^T V'``; see `Factor.gram_and`."""
+        if not isinstance(other, LayerFactor) or (other.axes, other.part) != (self.axes, self.part):
+            return super().gram_and(other)
+        return layer_grams(self.a, self.b, other.a, other.b, bias=self._bias)
+
     def _gram_with(self, other: Factor) -> Tensor:
         if not isinstance(other, LayerFactor) or other.axes != self.axes:
             return super()._gram_with(other)
@@ -92,6 +98,13 @@ class LayerFactor(Factor):
         if isinstance(self.a, OneHot) != isinstance(other.a, OneHot):
             return super()._gram_with(other)
         return layer_gram(self.a, self.b, other.a, other.b, bias=self._bias)
+
+    def explicit(self) -> tuple[Tensor, ...]:
+        """Return all columns, ``[q, *shape]``; see `Factor.explicit`."""
+        found = [self._placed(per_sample(self.a, self.b).flatten(0, 1), 0)]
+        if self._bias:
+            found.append(self._placed(bias_per_sample(self.b).flatten(0, 1), 1))
+        return tuple(found)
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""

@@ -11,6 +11,8 @@ Two routes lead there: this sum (the *kernel* route), or forming G for some outp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,23 @@ def layer_gram(
         found = _densified(a, b, a2, b2)
         return _of_tokens(a, b, a2, b2) if found is None else _of(found[0], b, found[1], b2, False)
     return _of(a, b, a2, b if same else b2, bias)
+
+
+def layer_grams(
+    a: Tensor | OneHot, b: Tensor, a2: Tensor | OneHot, b2: Tensor, bias: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `layer_gram` of a set with itself and with another set; see there."""
+    tokens = isinstance(a, OneHot) or isinstance(a2, OneHot)
+    if tokens or not _explicit_is_cheaper(a, b, a, b, True):
+        return layer_gram(a, b, bias=bias), layer_gram(a, b, a2, b2, bias=bias)
+    (v, n), (w, m) = b.shape[1:3], b2.shape[1:3]
+    own, cross = b.new_zeros(v * n, v * n), b.new_zeros(v * n, w * m)
+    for G, H in _pieces(a, b, a2, b2):  # one set of vectors serves both
+        own += gram(G.mT).sum(0)
+        cross += (G @ H.mT).sum(0)
+    if bias:
+        own, cross = own + _of_biases(b, b), cross + _of_biases(b, b2)
+    return own, cross
 
 
 def _of(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -> Tensor:
@@ -95,19 +114,26 @@ def _kernel(A: Tensor, b: Tensor, b2: Tensor, same: bool) -> Tensor:
 
 def _explicit(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -> Tensor:
     """Form the per-sample vectors for some output features at a time."""
-    (g, v, n, _, o), i, (_, w, m, _, _) = b.shape, a.shape[-1], b2.shape
+    v, n, w, m = *b.shape[1:3], *b2.shape[1:3]
     total = b.new_zeros(v * n, w * m)
+    for G, H in _pieces(a, b, a2, b2):
+        total += gram(G.mT).sum(0) if a2 is None else (G @ H.mT).sum(0)
+    return total + _of_biases(b, b2) if bias else total
+
+
+def _pieces(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the per-sample vectors of both sets (equal if ``a2`` is None), some output features each."""
+    (g, v, n, _, o), i, (_, w, m, _, _) = b.shape, a.shape[-1], b2.shape
     step = max(1, min(o, CHUNK // (g * max(v * n, w * m) * i)))
     for k in range(0, o, step):
         G = _rows(a, b[..., k : k + step])
-        if a2 is None:
-            total += gram(G.mT).sum(0)
-        else:
-            total += (G @ _rows(a2, b2[..., k : k + step]).mT).sum(0)
-    if bias:
-        x, y = (t.sum(3).flatten(1, 2) for t in (b, b2))
-        total += (x @ y.mT).sum(0)
-    return total
+        yield G, G if a2 is None else _rows(a2, b2[..., k : k + step])
+
+
+def _of_biases(b: Tensor, b2: Tensor) -> Tensor:
+    """Return the dot products of the biases' per-sample vectors."""
+    x, y = (t.sum(3).flatten(1, 2) for t in (b, b2))
+    return (x @ y.mT).sum(0)
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:

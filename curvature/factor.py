@@ -84,6 +84,10 @@ class Factor(ABC):
         found = other._gram_from(self)
         return self._gram_with(other) if found is None else found
 
+    def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`V^T V` and :math:`V^T V'`, which may share work; see `gram`."""
+        return self.gram(), self.gram(other)
+
     def _own_gram(self) -> Tensor:
         return self._gram_with(self)
 
@@ -277,11 +281,22 @@ class Stacked(_Parts):
         return _total(part.gram() for part in self.parts)
 
     def _gram_with(self, other: Factor) -> Tensor:
-        if isinstance(other, Stacked):
-            shapes = [[part.shapes for part in factor.parts] for factor in (self, other)]
-            if shapes[0] == shapes[1]:
-                return _total(a.gram(b) for a, b in zip(self.parts, other.parts, strict=True))
+        if self._matches(other):
+            return _total(a.gram(b) for a, b in zip(self.parts, other.parts, strict=True))
         return super()._gram_with(other)
+
+    def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
+        """Return ``V^T V`` and ``V^T V'``; see `Factor.gram_and`."""
+        if not self._matches(other):
+            return super().gram_and(other)
+        pairs = [a.gram_and(b) for a, b in zip(self.parts, other.parts, strict=True)]
+        return _total(own for own, _ in pairs), _total(cross for _, cross in pairs)
+
+    def _matches(self, other: Factor) -> bool:
+        """Whether another factor is stacked of parts over the same parameters."""
+        if not isinstance(other, Stacked):
+            return False
+        return [part.shapes for part in self.parts] == [part.shapes for part in other.parts]
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""

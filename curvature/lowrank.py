@@ -132,7 +132,12 @@ class LowRank(Block):
 
     def _gram(self) -> Tensor:
         if "gram" not in self._found:
-            gram = self.factor.gram().detach().to(self.gram_dtype)
+            if self.slopes is None or "cross" in self._found:
+                gram = self.factor.gram()
+            else:  # little on top: most of the work is shared
+                gram, cross = self.factor.gram_and(self.slopes)
+                self._found["cross"] = cross.detach().to(self.gram_dtype)
+            gram = gram.detach().to(self.gram_dtype)
             self._found["gram"] = (gram + gram.mT) / 2
         return self._found["gram"]
 

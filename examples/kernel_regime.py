@@ -10,14 +10,11 @@ trained on scikit-learn's real scans of digits by gradient descent on half the s
 * the alignment of the kernel with the labels, before and after: what features the network learned;
 * the test error of the network and of its linearisation after the same time, and how far their outputs
   are apart, relative to how far the network's moved.
-<<<<<<< HEAD
-=======
 
 What to expect: for wide networks the kernel's change shrinks about like width^(-1/2), the bound that
 Lee et al. (2019) prove for smooth activations, in both parametrisations: they differ in how fast layers
 learn. But at widths in practical use the kernel changes by a good part of its norm and aligns with the
 labels, the network does better than its linearisation, and C' is far above one.
->>>>>>> w-kernel
 
 Run it with ``python examples/kernel_regime.py --out out``; two minutes, ``--quick`` seconds.
 """
@@ -86,14 +83,8 @@ def train(network: nn.Module, x: Tensor, targets: Tensor, lr: float, steps: int)
         The number of steps, and half the mean over data of the squared error.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=MOMENTUM)
-<<<<<<< HEAD
-    step = 0
-    while step < steps:
-        step += 1
-=======
     count, loss = 0, torch.tensor(inf)
     while count < steps and loss.item() >= SMALL_LOSS * len(x):
->>>>>>> w-kernel
         optimizer.zero_grad()
         loss = (network(x) - targets).square().sum() / 2
         loss.backward()
