@@ -439,8 +439,8 @@ def _sloped(block: LowRank) -> LowRank:
     """
     if block.slopes is None:
         raise RecordingError(
-            "LowRankGGN: the data's gradients were not kept. That is so with gradients=False, and where "
-            "the backward pass did not reach all layers (backward(inputs=...))."
+            "LowRankGGN: the data's gradients were not kept. That takes gradients=True, and a backward "
+            "pass that reaches all layers (not backward(inputs=...))."
         )
     return block
 
