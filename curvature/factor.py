@@ -234,6 +234,16 @@ class _Parts(Factor):
         self.parts = tuple(parts)
 
     @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """The parameters' shapes: each part is over all of them."""
+        return self.parts[0].shapes
+
+    @property
+    def columns(self) -> int:
+        """Number of columns q: each part has all of them."""
+        return self.parts[0].columns
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of all parts."""
         return tuple(t for part in self.parts for t in part.tensors)
@@ -271,11 +281,6 @@ class Stacked(_Parts):
     def shapes(self) -> tuple[torch.Size, ...]:
         """The shapes of all parameters."""
         return tuple(shape for part in self.parts for shape in part.shapes)
-
-    @property
-    def columns(self) -> int:
-        """Number of columns q."""
-        return self.parts[0].columns
 
     def _own_gram(self) -> Tensor:
         return _total(part.gram() for part in self.parts)
@@ -328,16 +333,6 @@ class Sum(_Parts):
     """
 
     __slots__ = ()
-
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The parameters' shapes."""
-        return self.parts[0].shapes
-
-    @property
-    def columns(self) -> int:
-        """Number of columns q."""
-        return self.parts[0].columns
 
     def _own_gram(self) -> Tensor:
         total = _total(part.gram() for part in self.parts)
@@ -392,11 +387,6 @@ class Concatenated(_Parts):
         super().__init__(parts)
         for part in self.parts[1:]:
             check_same(self.parts[0], part)
-
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The parameters' shapes."""
-        return self.parts[0].shapes
 
     @property
     def columns(self) -> int:
@@ -460,16 +450,6 @@ class Centered(_Parts):
     def __init__(self, factor: Factor, slots: int = 1):
         super().__init__([factor])
         self.slots = slots
-
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The parameters' shapes."""
-        return self.parts[0].shapes
-
-    @property
-    def columns(self) -> int:
-        """Number of columns q."""
-        return self.parts[0].columns
 
     def centered(self, t: Tensor) -> Tensor:
         """Subtract the mean over the data along the last axis ``[..., q]``."""
