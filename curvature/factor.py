@@ -17,6 +17,9 @@ from torch import Tensor
 # Entries of a factor's explicit columns that are formed at once.
 CHUNK = 2**24
 
+# Terms of a dot product that are added up at once.
+TERMS = 2**16
+
 
 class Factor(ABC):
     r"""A matrix V ``[P, q]`` over one or several parameters.
@@ -190,7 +193,9 @@ class DenseFactor(Factor):
 
     def _gram_with(self, other: Factor) -> Tensor:
         if isinstance(other, DenseFactor):
-            return self._flat @ other._flat.mT
+            # long sums in float32 would add noise that grows with the number of terms
+            pieces = zip(self._flat.split(TERMS, 1), other._flat.split(TERMS, 1), strict=True)
+            return _total(a @ b.mT for a, b in pieces)
         return other.project(self.rows)
 
     @property
