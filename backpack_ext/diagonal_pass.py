@@ -42,10 +42,11 @@ class DiagonalPass:
             ext.cross_terms,
         )
 
-    def start(self, call: LossCall | KnownDiagonal, factor: Tensor) -> None:
+    def start(self, call: LossCall | KnownDiagonal, factor: float | Tensor) -> None:
         """Begin at a loss that enters the total with a factor, its reduction included."""
-        ext = self.ext
-        seeds = [(edge, h * factor) for edge, h in call.diagonals(ext.layerwise)]
+        ext, seeds = self.ext, call.diagonals(self.ext.layerwise)
+        if not (isinstance(factor, float) and factor == 1):
+            seeds = [(edge, h * factor) for edge, h in seeds]
         if ext.exact_penultimate:
             seeds += self._penultimate(call, factor)
         if self.per_datum is not None:
@@ -53,7 +54,7 @@ class DiagonalPass:
         self.recursion.start(seeds)
 
     def _penultimate(
-        self, call: LossCall | KnownDiagonal, factor: Tensor
+        self, call: LossCall | KnownDiagonal, factor: float | Tensor
     ) -> list[tuple[GradientEdge, Tensor]]:
         """Return what the recursion misses at the input of the last layer, in addition to the seeds."""
         if isinstance(call, KnownDiagonal) or call.other_edges:

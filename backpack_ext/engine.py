@@ -241,8 +241,9 @@ class BackwardPass(Receiver):
         if not self.diagonals:
             return
         with self._quiet(grad.device.type):
-            # widened, because one over the number of terms needs the digits
-            factor = widen(grad if grad.dim() == 0 else grad.reshape(()))
+            # a number, unless one would have to wait for it; or widened, because one over the number of
+            # terms needs the digits
+            factor = grad.item() if grad.device.type == "cpu" else widen(grad.reshape(()))
             if isinstance(call, LossCall):
                 call.check()
                 factor = factor * call.scale()
@@ -386,7 +387,7 @@ class BackwardPass(Receiver):
             known: Collection[Node] = ()
             if ext in self.passes:
                 recursion = self.passes[ext].recursion
-                known = recursion.operations.keys() | recursion.passed
+                known = recursion.operations.keys() | recursion.chain.passed
             for node in self.outputs:
                 if node not in known and (p := parameter_behind(node, known)) is not None:
                     raise RecordingError(

@@ -22,6 +22,9 @@ LEAF = -1
 # `LEAF` or `TURNED`; None where nothing is wanted.
 Edge = tuple["Operation | nn.Parameter", int]
 
+# Parameters with their diagonals, by the parameters' ids: hashing a tensor is slow.
+Results = dict[int, tuple[nn.Parameter, Tensor]]
+
 _LEAF = torch.zeros(1, 1, requires_grad=True)
 _ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
 _TRANSPOSE = type(_LEAF.t().grad_fn)
@@ -87,6 +90,42 @@ def leaf_edge(node: Node) -> Edge | bool:
     p = node.variable
     # the type first: asking for instances of Parameter is slow
     return (p, place) if type(p) is nn.Parameter or isinstance(p, nn.Parameter) else True
+
+
+def collect(results: Results, edge: Edge, h: Tensor, turned: bool = False) -> None:
+    """Add h at a parameter; ``turned`` says that it comes in the layout of the parameter itself."""
+    p, place = edge
+    if place == TURNED and not turned:
+        h = h.mT
+    given, shape = h.shape, p.shape
+    if given != shape:
+        if len(shape) == 1 and len(given) == 2 and given[1] == shape[0]:  # a bias; faster
+            h = h.squeeze(0) if given[0] == 1 else h.sum(0)
+        else:
+            h = h.sum_to_size(shape)
+    key = id(p)
+    if key in results:
+        h = results[key][1] + h
+    results[key] = p, h
+
+
+# For each type of node the names of tensors that it saves.
+_saves: dict[type, tuple[str, ...]] = {}
+
+
+def has_hooks(node: Node) -> bool:
+    """Whether a saved tensor is unpacked by a hook, as under activation checkpointing."""
+    kind = type(node)
+    names = _saves.get(kind)
+    if names is None:
+        names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in names:
+        raw = getattr(node, name)
+        if isinstance(raw, (list, tuple)):  # of a custom autograd.Function, for instance
+            raw = next((r for r in raw if r is not None), None)
+        if raw is not None:
+            return getattr(raw, "unpack_hook", None) is not None
+    return False
 
 
 def shape_of(edge: Edge) -> torch.Size:
