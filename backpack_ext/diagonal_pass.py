@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -15,6 +13,7 @@ from backpack_ext.hesscale import DiagonalHessian
 from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.per_datum import PerDatum
 from backpack_ext.products import RESHAPES
+from backpack_ext.quiet import Quiet
 
 
 class DiagonalPass:
@@ -23,12 +22,12 @@ class DiagonalPass:
     Args:
         ext: The extension.
         keep: Whether the graph outlives the pass.
-        quiet: Given a device type, a context without gradients and autocast.
+        quiet: Makes contexts without gradients and autocast.
         per_datum: Takes h at the outputs of layers; None if sums over the batch are wanted.
     """
 
     def __init__(
-        self, ext: DiagonalHessian, keep: bool, quiet: Callable, per_datum: PerDatum | None = None
+        self, ext: DiagonalHessian, keep: bool, quiet: Quiet, per_datum: PerDatum | None = None
     ):
         self.ext, self.per_datum = ext, per_datum
         self.recursion = Recursion(

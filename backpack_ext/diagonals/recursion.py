@@ -13,7 +13,6 @@ the main backward pass executes them, and what they saved is still there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.diagonals.unknown import by_signs, check_known
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.own_pass import in_a_pass_of_its_own
+from backpack_ext.quiet import Quiet
 from curvature.decomposition import widen
 
 _ANY = DiagonalRule(lambda step: step.h)
@@ -53,7 +53,7 @@ class Recursion:
         refuse: Whether to raise where such an operation has a second derivative.
         observe: Called with a node, h and, if needed, g at its outputs, before it is crossed.
         keep: Whether the graph outlives the pass, so that hooks have to be removed.
-        quiet: Given a device type, a context without gradients and autocast.
+        quiet: Makes contexts without gradients and autocast.
         cross_terms: Whether additions get their cross terms.
 
     Attributes:
@@ -68,7 +68,7 @@ class Recursion:
         refuse: bool,
         observe: Callable[[Node, dict[int, Tensor], Diagonals | None], None] | None,
         keep: bool,
-        quiet: Callable[[str], AbstractContextManager],
+        quiet: Quiet,
         cross_terms: bool = False,
     ):
         self.gauss_newton, self.signs, self.warn, self.refuse = gauss_newton, signs, warn, refuse
@@ -131,7 +131,7 @@ class Recursion:
         g = grads[0]
         held = self.chain.held.pop(node, None)
         if held is not None:
-            with self.quiet("cpu" if g is None else g.device.type):
+            with self.quiet(g):
                 place = self.chain.cross(*held, None if g is None else grads)
                 if place is not None:
                     self._follow(place)
@@ -146,7 +146,7 @@ class Recursion:
                 "a defect of backpack_ext, please report it."
             )
         self.ready.append(op)
-        with self.quiet("cpu" if g is None else g.device.type):
+        with self.quiet(g):
             self.run()
 
     def end(self) -> None:
