@@ -30,16 +30,8 @@ class DiagonalPass:
         self, ext: DiagonalHessian, keep: bool, quiet: Quiet, per_datum: PerDatum | None = None
     ):
         self.ext, self.per_datum = ext, per_datum
-        self.recursion = Recursion(
-            ext.gauss_newton,
-            ext.signs,
-            ext.warn,
-            ext.refuses_curved_glue,
-            None if per_datum is None else per_datum.observe,
-            keep,
-            quiet,
-            ext.cross_terms,
-        )
+        observe = None if per_datum is None else per_datum.observe
+        self.recursion = Recursion(ext, observe, keep, quiet)
 
     def start(self, call: LossCall | KnownDiagonal, factor: float | Tensor) -> None:
         """Begin at a loss that enters the total with a factor, its reduction included."""
@@ -78,16 +70,18 @@ class DiagonalPass:
         self.recursion.end()
         if self.per_datum is not None:
             return self.per_datum.finish(self.ext, multiplier)
-        results, seen = self.recursion.results, set()
+        results = self.recursion.results
+        seen: set[int] = set()
         for key, (p, h) in results.items():
             if h.is_complex() or p.is_complex():
                 raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
-            address = h.data_ptr()
             # two parameters that are added up share what arrives at the sum
-            if not h.is_contiguous() or (address in seen and h.numel()):
-                h = h.clone(memory_format=torch.contiguous_format)
-            seen.add(address)
-            results[key] = p, h if multiplier == 1 else h / multiplier
+            if h.data_ptr() in seen or not h.is_contiguous():
+                results[key] = p, h.clone(memory_format=torch.contiguous_format)
+            else:
+                seen.add(h.data_ptr())
+        if multiplier != 1:
+            return {key: (p, h / multiplier) for key, (p, h) in results.items()}
         return results
 
 

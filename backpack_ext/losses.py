@@ -219,7 +219,7 @@ _FEW = 128
 def _ignored(module: nn.Module, y: Tensor) -> int:
     """Return how many targets are ignored."""
     if y.numel() <= _FEW:
-        return y.flatten().tolist().count(module.ignore_index)
+        return (y if y.dim() == 1 else y.flatten()).tolist().count(module.ignore_index)
     return int((y == module.ignore_index).sum())
 
 

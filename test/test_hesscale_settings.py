@@ -626,6 +626,13 @@ def test_checkpointed_layers(double):
         torch.testing.assert_close(p.hesscale_batch.sum(0), p.hesscale)
 
 
+def test_checkpointed_product_with_a_constant(double):
+    """It saves nothing in place of its input, and the constant by a hook."""
+    C = torch.randn(6, 6)
+    again = diagonals(lambda z: checkpoint(F.linear, z, C, use_reentrant=False))
+    close(again, diagonals(lambda z: F.linear(z, C)), 1e-12)
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_nothing_piles_up(batch: bool):
     """Over many passes with one extension: as many tensors as after the second."""

@@ -28,6 +28,7 @@ Results = dict[int, tuple[nn.Parameter, Tensor]]
 _LEAF = torch.zeros(1, 1, requires_grad=True)
 _ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
 _TRANSPOSE = type(_LEAF.t().grad_fn)
+_SAVED = torch._C._autograd.SavedTensor
 
 
 class Operation:
@@ -79,14 +80,17 @@ class Operation:
         self.h[output] = h if old is None else old + h
 
 
-def leaf_edge(node: Node) -> Edge | bool:
-    """Return the edge that ends at a parameter; True for another tensor, False inside of the graph."""
+def leaf_edge(node: Node | None) -> Edge | bool:
+    """Return the edge that ends at a parameter.
+
+    It is True where nothing is wanted, at other tensors, and False inside of the graph.
+    """
     kind, place = type(node), LEAF
     if kind is _TRANSPOSE:
         node, place = node.next_functions[0][0], TURNED
         kind = type(node)
     if kind is not _ACCUMULATE:
-        return False
+        return node is None
     p = node.variable
     # the type first: asking for instances of Parameter is slow
     return (p, place) if type(p) is nn.Parameter or isinstance(p, nn.Parameter) else True
@@ -95,18 +99,17 @@ def leaf_edge(node: Node) -> Edge | bool:
 def collect(results: Results, edge: Edge, h: Tensor, turned: bool = False) -> None:
     """Add h at a parameter; ``turned`` says that it comes in the layout of the parameter itself."""
     p, place = edge
-    if place == TURNED and not turned:
-        h = h.mT
-    given, shape = h.shape, p.shape
-    if given != shape:
-        if len(shape) == 1 and len(given) == 2 and given[1] == shape[0]:  # a bias; faster
-            h = h.squeeze(0) if given[0] == 1 else h.sum(0)
-        else:
-            h = h.sum_to_size(shape)
+    if place == LEAF or not turned:
+        if place == TURNED:
+            h = h.mT
+        given, shape = h.shape, p.shape
+        if given != shape:
+            if given[1:] == shape:  # a bias; faster
+                h = h.squeeze(0) if given[0] == 1 else h.sum(0)
+            else:
+                h = h.sum_to_size(shape)
     key = id(p)
-    if key in results:
-        h = results[key][1] + h
-    results[key] = p, h
+    results[key] = p, (results[key][1] + h if key in results else h)
 
 
 # For each type of node the names of tensors that it saves.
@@ -114,17 +117,19 @@ _saves: dict[type, tuple[str, ...]] = {}
 
 
 def has_hooks(node: Node) -> bool:
-    """Whether a saved tensor is unpacked by a hook, as under activation checkpointing."""
+    """Whether saved tensors are unpacked by a hook, as under activation checkpointing."""
     kind = type(node)
     names = _saves.get(kind)
     if names is None:
         names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
     for name in names:
         raw = getattr(node, name)
-        if isinstance(raw, (list, tuple)):  # of a custom autograd.Function, for instance
-            raw = next((r for r in raw if r is not None), None)
-        if raw is not None:
-            return getattr(raw, "unpack_hook", None) is not None
+        # a custom autograd.Function, for instance, has a tuple of them
+        for saved in (raw,) if type(raw) is _SAVED else raw or ():
+            if saved.unpack_hook is not None:
+                return True
+            if saved.data is not None:  # one hook packs all of them, or none does
+                return False
     return False
 
 

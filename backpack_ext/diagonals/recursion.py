@@ -13,6 +13,7 @@ the main backward pass executes them, and what they saved is still there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.quiet import Quiet
 from curvature.decomposition import widen
 
+if TYPE_CHECKING:
+    from backpack_ext.hesscale import DiagonalHessian
+
 _ANY = DiagonalRule(lambda step: step.h)
 
 
@@ -47,14 +51,10 @@ class Recursion:
     """The Hessian diagonals of one extension in one backward pass.
 
     Args:
-        gauss_newton: Whether second derivatives are left out.
-        signs: Returns random signs shaped like a tensor.
-        warn: Called with the name of an operation that is crossed by random signs.
-        refuse: Whether to raise where such an operation has a second derivative.
+        ext: The extension.
         observe: Called with a node, h and, if needed, g at its outputs, before it is crossed.
         keep: Whether the graph outlives the pass, so that hooks have to be removed.
         quiet: Makes contexts without gradients and autocast.
-        cross_terms: Whether additions get their cross terms.
 
     Attributes:
         results: The parameters and their diagonals, by the parameters' ids.
@@ -62,21 +62,16 @@ class Recursion:
 
     def __init__(
         self,
-        gauss_newton: bool,
-        signs: Callable[[Tensor], Tensor],
-        warn: Callable[[str], None],
-        refuse: bool,
+        ext: DiagonalHessian,
         observe: Callable[[Node, dict[int, Tensor], Diagonals | None], None] | None,
         keep: bool,
         quiet: Quiet,
-        cross_terms: bool = False,
     ):
-        self.gauss_newton, self.signs, self.warn, self.refuse = gauss_newton, signs, warn, refuse
-        self.observe, self.cross_terms, self.quiet = observe, cross_terms, quiet
+        self.ext, self.observe, self.quiet = ext, observe, quiet
         self.operations: dict[Node, Operation] = {}
         self.results: Results = {}
         self.arrival = Arrival(self, keep)
-        self.chain = Chain(gauss_newton, self.arrival, self.results)
+        self.chain = Chain(ext.gauss_newton, self.arrival, self.results)
         self.ready: list[Operation] = []
         self.watched: set[Node] = set()  # where gradients are needed for other reasons
         self.inside: set[Node] = set()  # nodes of composites
@@ -217,11 +212,11 @@ class Recursion:
         for op in joins:
             if op.inside:
                 continue
-            op.composite = composite_of(op, self.gauss_newton)
+            op.composite = composite_of(op, self.ext.gauss_newton)
             if op.composite is not None:
                 self.inside.add(op.node)
                 for inner in op.composite.inside:
-                    inner.inside = not self.gauss_newton
+                    inner.inside = not self.ext.gauss_newton
                     self.inside.add(inner.node)
             else:
                 op.attention = attention_of(op)
@@ -230,10 +225,10 @@ class Recursion:
                 continue
             if op.rule is None:
                 check_known(op.node)
-                self.warn(op.name)
+                self.ext.warn(op.name)
             if not self.hooked and has_hooks(op.node):
                 self.hooked = True
-            if not self.gauss_newton:
+            if not self.ext.gauss_newton:
                 self._watch(op)
 
     def _watch(self, op: Operation) -> None:
@@ -334,11 +329,11 @@ class Recursion:
             softmax.extra = found if softmax.extra is None else softmax.extra + found
             step.need[op.attention.entry] = False
         if op.rule is None:
-            out = by_signs(step, self.signs, self.refuse)
+            out = by_signs(step, self.ext.signs, self.ext.refuses_curved_glue)
         else:
             out = op.rule.cross(step)
-        if self.cross_terms and op.rule is not None and op.rule.adds:
-            for edge, t in cross_terms(op, hs[0], self.signs):
+        if self.ext.cross_terms and op.rule is not None and op.rule.adds:
+            for edge, t in cross_terms(op, hs[0], self.ext.signs):
                 if edge[1] < 0 and self.observe is not None:
                     raise UnsupportedError(
                         "cross_terms=True with batch=True: two branches that are added up read one "
