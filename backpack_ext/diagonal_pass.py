@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -71,18 +73,30 @@ class DiagonalPass:
         if self.per_datum is not None:
             return self.per_datum.finish(self.ext, multiplier)
         results = self.recursion.results
-        seen: set[int] = set()
-        for key, (p, h) in results.items():
-            if h.is_complex() or p.is_complex():
-                raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
-            # two parameters that are added up share what arrives at the sum
-            if h.data_ptr() in seen or not h.is_contiguous():
-                results[key] = p, h.clone(memory_format=torch.contiguous_format)
-            else:
-                seen.add(h.data_ptr())
+        if not results:
+            return results
+        parameters, hs = zip(*results.values(), strict=True)
+        if any(map(torch.is_complex, (*parameters, *hs))):
+            p = next(p for p, h in results.values() if p.is_complex() or h.is_complex())
+            raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
+        # two parameters that are added up share what arrives at the sum
+        if len(set(map(Tensor.data_ptr, hs))) < len(hs) or not all(map(Tensor.is_contiguous, hs)):
+            hs = _apart(hs)
         if multiplier != 1:
-            return {key: (p, h / multiplier) for key, (p, h) in results.items()}
-        return results
+            hs = [h / multiplier for h in hs]
+        return dict(zip(results, zip(parameters, hs, strict=True), strict=True))
+
+
+def _apart(hs: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous tensors, each with memory of its own."""
+    seen: set[int] = set()
+    out = []
+    for h in hs:
+        if h.data_ptr() in seen or not h.is_contiguous():
+            h = h.clone(memory_format=torch.contiguous_format)
+        seen.add(h.data_ptr())
+        out.append(h)
+    return out
 
 
 def _last_layer(edge: GradientEdge) -> tuple[Node, int, Tensor] | None:

@@ -151,14 +151,8 @@ class BackwardPass:
     def __init__(self, extensions: tuple[Extension, ...]):
         check_savefields(CTX.active_exts)
         self.extensions = extensions
-        self.stores: dict[Extension, dict] = {}
-        self.diagonals: list[Extension] = []
-        needs_layers = False
-        for ext in extensions:
-            self.stores[ext] = {}
-            needs_layers |= ext.needs_layers
-            if ext.vectors.kind == "diagonal":
-                self.diagonals.append(ext)
+        self.stores: dict[Extension, dict] = {ext: {} for ext in extensions}
+        self.diagonals = [ext for ext in extensions if ext.vectors.kind == "diagonal"]
         self.passes: dict[Extension, DiagonalPass] = {}
         self.outputs: list[Node] = []  # of models
         self.keep, self.quiet = keeps_graph(), Quiet()
@@ -166,7 +160,8 @@ class BackwardPass:
         # if there is none, nobody has to be kept from calling it
         self.hook = None if CTX.extension_hook is no_op else CollectingHook()
         self.layers: LayerPass | None = None
-        if needs_layers or (self.hook is not None and self.hook.wanted):
+        wanted = self.hook is not None and self.hook.wanted
+        if wanted or any(ext.needs_layers for ext in extensions):
             publish = _sink is None
             self.layers = LayerPass(extensions, self.stores, self.scale, self.keep, self.quiet, publish)
 

@@ -11,9 +11,12 @@ from torch import Tensor
 class Quiet:
     """Makes contexts without gradients and without autocast, whatever the caller has switched on."""
 
+    __slots__ = ("autocast", "needed")
+
     def __init__(self):
-        autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        self.autocast, self.needed = autocast, torch.is_grad_enabled() or bool(autocast)
+        on = torch.is_autocast_enabled
+        self.autocast = {"cpu": on("cpu"), "cuda": on("cuda")}
+        self.needed = torch.is_grad_enabled() or any(self.autocast.values())
 
     def __call__(self, like: Tensor | None) -> AbstractContextManager:
         """Return a context for computations where a tensor is (on the CPU without one)."""
@@ -22,7 +25,7 @@ class Quiet:
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         kind = "cpu" if like is None else like.device.type
-        if kind in self.autocast:
+        if self.autocast.get(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
 

@@ -628,9 +628,9 @@ def test_checkpointed_layers(double):
 
 def test_checkpointed_product_with_a_constant(double):
     """It saves nothing in place of its input, and the constant by a hook."""
-    C = torch.randn(6, 6)
-    again = diagonals(lambda z: checkpoint(F.linear, z, C, use_reentrant=False))
-    close(again, diagonals(lambda z: F.linear(z, C)), 1e-12)
+    C = torch.randn(6, 6), torch.randn(6)
+    again = diagonals(lambda z: checkpoint(F.linear, z, *C, use_reentrant=False))
+    close(again, diagonals(lambda z: F.linear(z, *C)), 1e-12)
 
 
 @pytest.mark.parametrize("batch", [False, True])

@@ -6,26 +6,48 @@ Nothing can join there, and nothing has to be known in advance: the graph is loo
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from backpack_ext.diagonals.arrival import Arrival
-from backpack_ext.diagonals.operation import LEAF, TURNED, Edge, Results, collect, has_hooks, leaf_edge
+from backpack_ext.diagonals.operation import (
+    ACCUMULATE,
+    TRANSPOSE,
+    TURNED,
+    Edge,
+    Results,
+    collect,
+    has_hooks,
+    leaf_edge,
+)
 from backpack_ext.diagonals.rule import DiagonalRule, Diagonals, Step, rule_of
 
 # A node, which of its outputs, and h there.
 Place = tuple[Node, int, Tensor]
 
-# An operation of a chain: its node and rule; where its inputs come from, None where nothing is wanted;
-# for which of them h is wanted, as in `Step`; the one that is no parameter, None at the chain's end.
-Link = tuple[
-    Node,
-    DiagonalRule,
-    list["Edge | tuple[Node, int] | None"],
-    list[bool],
-    "tuple[Node, int] | None",
-]
+
+class Pattern(NamedTuple):
+    """What operations with one rule have in common whose inputs come from the same types of nodes.
+
+    Args:
+        rule: Their rule.
+        need: For which inputs h is wanted, as in `Step`.
+        leaves: The inputs that are parameters.
+        onward: The one that is none; None at the end of a chain.
+        curved: Whether they have a second derivative.
+    """
+
+    rule: DiagonalRule
+    need: tuple[bool, ...]
+    leaves: tuple[int, ...]
+    onward: int | None
+    curved: bool
+
+
+# An operation of a chain, with the inputs that are parameters, and the one that is none.
+Link = tuple[Node, Pattern, list[tuple[int, Edge]], "tuple[Node, int] | None"]
 
 
 class Chain:
@@ -64,8 +86,7 @@ class Chain:
             if link is None:
                 return place
             self.passed.add(node)
-            rule = link[1]
-            if rule.curved and not self.gauss_newton and rule.curves(link[2]):
+            if link[1].curved and not self.gauss_newton:
                 if node in self.held:
                     h = self.held[node][1] + h
                 else:
@@ -77,18 +98,14 @@ class Chain:
 
     def cross(self, link: Link, h: Tensor, grads: Diagonals | None) -> Place | None:
         """Cross an operation; return what follows."""
-        node, rule, inputs, need, onward = link
-        found = None
-        for edge, t in zip(inputs, rule.cross(Step(node, (h,), grads, need)), strict=False):
-            if t is None or edge is None:
-                continue
-            if edge is onward:
-                found = t
-            else:
-                collect(self.results, edge, t, rule.turns)
-        if onward is None:
+        node, (rule, need, _, onward, _), leaves, edge = link
+        out = rule.cross(Step(node, (h,), grads, need))
+        for k, leaf in leaves:
+            if out[k] is not None:
+                collect(self.results, leaf, out[k], rule.turns)
+        if edge is None:
             return None
-        child, output = onward
+        (child, output), found = edge, out[onward]
         if found is None or not rule.shaped:
             shape = child._input_metadata[output].shape
             if found is None:  # no curvature is left, but there may be some behind
@@ -98,24 +115,36 @@ class Chain:
         return child, output, found
 
 
+_patterns: dict[tuple, Pattern | None] = {}
+
+
 def _link(node: Node) -> Link | None:
     """Return an operation of a chain; None if it is no such."""
-    rule = rule_of(node)
-    if rule is None or rule.several or has_hooks(node):
+    edges = node.next_functions
+    children = [child for child, _ in edges]
+    key = (rule_of(node), *map(type, children))
+    if key not in _patterns:
+        _patterns[key] = _pattern(*key)
+    pattern = _patterns[key]
+    if pattern is None or has_hooks(node):
         return None
-    inputs, need, onward = [], [], None
-    for edge in node.next_functions:
-        wanted, leaf = True, leaf_edge(edge[0])
-        if leaf is True:
-            edge, wanted = None, False
-        elif leaf:
-            edge, wanted = leaf, leaf[1] == LEAF or TURNED
-        elif onward is None:
-            onward = edge
-        else:
+    leaves = []
+    for k in pattern.leaves:
+        leaf = leaf_edge(children[k])
+        if leaf is True or not leaf:  # another tensor than a parameter
             return None
-        inputs.append(edge)
-        need.append(wanted)
-    if rule.joins and rule.may_join(inputs):
+        leaves.append((k, leaf))
+    return node, pattern, leaves, None if pattern.onward is None else edges[pattern.onward]
+
+
+def _pattern(rule: DiagonalRule | None, *kinds: type) -> Pattern | None:
+    """Return what is known by the types of the inputs' nodes; None for what is part of no chain."""
+    if rule is None or rule.several:
         return None
-    return node, rule, inputs, need, onward
+    leaves = [k for k, kind in enumerate(kinds) if kind in (ACCUMULATE, TRANSPOSE)]
+    others = [k for k, kind in enumerate(kinds) if kind is not type(None) and k not in leaves]
+    inputs = [None if kind is type(None) else kind for kind in kinds]
+    if len(others) > 1 or rule.may_join(inputs):
+        return None
+    need = tuple(TURNED if kind is TRANSPOSE else kind is not None for kind in inputs)
+    return Pattern(rule, need, tuple(leaves), others[0] if others else None, rule.curves(inputs))

@@ -25,9 +25,10 @@ Edge = tuple["Operation | nn.Parameter", int]
 # Parameters with their diagonals, by the parameters' ids: hashing a tensor is slow.
 Results = dict[int, tuple[nn.Parameter, Tensor]]
 
+# The types of the nodes that edges to leaves, and to transposed leaves, end at.
 _LEAF = torch.zeros(1, 1, requires_grad=True)
-_ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
-_TRANSPOSE = type(_LEAF.t().grad_fn)
+ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
+TRANSPOSE = type(_LEAF.t().grad_fn)
 _SAVED = torch._C._autograd.SavedTensor
 
 
@@ -86,10 +87,10 @@ def leaf_edge(node: Node | None) -> Edge | bool:
     It is True where nothing is wanted, at other tensors, and False inside of the graph.
     """
     kind, place = type(node), LEAF
-    if kind is _TRANSPOSE:
+    if kind is TRANSPOSE:
         node, place = node.next_functions[0][0], TURNED
         kind = type(node)
-    if kind is not _ACCUMULATE:
+    if kind is not ACCUMULATE:
         return node is None
     p = node.variable
     # the type first: asking for instances of Parameter is slow
@@ -123,12 +124,14 @@ def has_hooks(node: Node) -> bool:
     if names is None:
         names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
     for name in names:
-        raw = getattr(node, name)
-        # a custom autograd.Function, for instance, has a tuple of them
-        for saved in (raw,) if type(raw) is _SAVED else raw or ():
+        saved = getattr(node, name)
+        if type(saved) is not _SAVED:  # a custom autograd.Function, for instance, has a tuple of them
+            saved = next(iter(saved or ()), None)
+        if saved is not None:
             if saved.unpack_hook is not None:
                 return True
-            if saved.data is not None:  # one hook packs all of them, or none does
+            # one hook packs all of them, or none does; but this one may have been left out
+            if name is not names[-1] and saved.data is not None:
                 return False
     return False
 
