@@ -76,7 +76,7 @@ class DiagonalPass:
         if not results:
             return results
         parameters, hs = zip(*results.values(), strict=True)
-        if any(map(torch.is_complex, (*parameters, *hs))):
+        if any(dtype.is_complex for dtype in {t.dtype for t in (*parameters, *hs)}):
             p = next(p for p, h in results.values() if p.is_complex() or h.is_complex())
             raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
         # two parameters that are added up share what arrives at the sum

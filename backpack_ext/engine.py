@@ -203,7 +203,7 @@ class BackwardPass:
         with self.quiet(grad):
             # a number, unless one would have to wait for it; or widened, because one over the number of
             # terms needs the digits
-            factor = grad.item() if grad.device.type == "cpu" else widen(grad.reshape(()))
+            factor = grad.item() if grad.is_cpu else widen(grad.reshape(()))
             if isinstance(call, LossCall):
                 call.check()
                 factor = factor * call.scale()

@@ -11,12 +11,10 @@ from torch import Tensor
 class Quiet:
     """Makes contexts without gradients and without autocast, whatever the caller has switched on."""
 
-    __slots__ = ("autocast", "needed")
+    __slots__ = ("needed",)
 
     def __init__(self):
-        on = torch.is_autocast_enabled
-        self.autocast = {"cpu": on("cpu"), "cuda": on("cuda")}
-        self.needed = torch.is_grad_enabled() or any(self.autocast.values())
+        self.needed = torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
 
     def __call__(self, like: Tensor | None) -> AbstractContextManager:
         """Return a context for computations where a tensor is (on the CPU without one)."""
@@ -25,7 +23,7 @@ class Quiet:
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         kind = "cpu" if like is None else like.device.type
-        if self.autocast.get(kind):
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
 
