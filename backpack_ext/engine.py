@@ -3,10 +3,12 @@
 The order of events in one ``backward()``:
 
 1. the hook on an extended loss's value fires; it walks the graph, taps the layers' outputs and runs
-   the sweeps;
+   the sweeps; recursions of Hessian diagonals start;
 2. the hook on the model's output fires; if no extended loss lies behind it, it taps the layers;
 3. the taps fire as the gradient passes the layers;
 4. a callback at the end of the backward pass joins, checks and publishes.
+
+What is about layers is in `backpack_ext.layer_pass`, and happens only if someone asks for layers.
 """
 
 from __future__ import annotations

@@ -100,6 +100,8 @@ class Chain:
         """Cross an operation; return what follows."""
         node, (rule, need, _, onward, _), leaves, edge = link
         out = rule.cross(Step(node, (h,), grads, need))
+        if len(out) < len(need):  # a rule may leave out the last ones
+            out = (*out, *[None] * (len(need) - len(out)))
         for k, leaf in leaves:
             if out[k] is not None:
                 collect(self.results, leaf, out[k], rule.turns)
@@ -115,6 +117,7 @@ class Chain:
         return child, output, found
 
 
+# By the rule of an operation and the types of the nodes that its inputs come from.
 _patterns: dict[tuple, Pattern | None] = {}
 
 
