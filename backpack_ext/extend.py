@@ -375,8 +375,8 @@ class LossHook(Hook):
 
 def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:
     """Return a call's tensors by the names of its arguments; None where there is none."""
-    found = (args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names))
-    return tuple(t if isinstance(t, Tensor) else None for t in found)
+    found = [args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names)]
+    return tuple([t if isinstance(t, Tensor) else None for t in found])
 
 
 def _tensors(tree) -> Iterator[Tensor]:
