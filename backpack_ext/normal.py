@@ -160,14 +160,14 @@ def gram(x: Tensor, scale: float = 1.0) -> Tensor:
 
     On CPU, where torch has no symmetric product, large ones are formed panel by panel: each panel
     of rows from its diagonal block on, the rest mirrored. That saves up to half of the product
-    (8192 x 1152: 1.5 times faster), and nothing where x has few rows or columns.
+    (8192 x 1152: 1.5 times faster; 512 x 576: 1.25 times), and nothing where x has few rows or columns.
     """
     g, r, i = x.shape
     out = x.new_empty(g, i, i)
     if g > 1:
         return torch.baddbmm(out, x.mT, x, beta=0, alpha=scale, out=out)
     rows, product = x[0], out[0]
-    if i < 256 or r < 1024 or x.device.type != "cpu":
+    if i < 256 or r < 512 or x.device.type != "cpu":
         torch.addmm(product, rows.mT, rows, beta=0, alpha=scale, out=product)
         return out
     for k in range(0, i, PANEL):
