@@ -15,8 +15,8 @@ from benchmarks.timing import Variant, interleave, summary
 Key = tuple[str, ...]
 PLAIN: Key = ("plain",)
 
-# Peers' steps that take longer, in seconds, are in fewer rounds than the others.
-SLOW = 0.3
+# Peers' steps that take longer, in seconds, are in fewer rounds than the others; or in one only.
+SLOW, ENDLESS = 0.3, 6.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Length:
     Args:
         seconds: Time for rounds of the short steps.
         rounds: Smallest and largest number of these.
-        slow_seconds: Time for rounds of all steps, if there are slow ones.
+        slow_seconds: Time for rounds with slow steps too (endless ones are in one further round).
         slow_rounds: Smallest and largest number of these.
     """
 
@@ -48,20 +48,21 @@ class Measured:
     rounds: list[dict[Key, float]] = field(default_factory=list)
     peaks: dict[Key, int] = field(default_factory=dict)
 
-    def ratio(self, key: Key, base: Key = PLAIN, offset: float = 0.0) -> list[float]:
-        """Return quartiles of the ratio of two steps' times of the same round, plus an offset."""
+    def ratio(self, key: Key, base: Key = PLAIN, offset: float = 0.0, count: int = 1) -> list[float]:
+        """Return quartiles of ``offset + count * time / time of base``, each of the same round."""
         rounds = [times for times in self.rounds if key in times and base in times]
-        return digits(summary([offset + times[key] / times[base] for times in rounds]))
+        return digits(summary([offset + count * times[key] / times[base] for times in rounds]))
 
     def ms(self, key: Key) -> list[float]:
         """Return quartiles of the time in milliseconds."""
         return digits(summary([1e3 * times[key] for times in self.rounds if key in times]))
 
-    def cell(self, key: Key) -> dict:
-        """Return a step's times and its memory, for JSON."""
+    def cell(self, key: Key, count: int = 1) -> dict:
+        """Return the times of ``count`` steps and the memory of one, for JSON."""
         peak, plain = self.peaks[key], max(1, self.peaks[PLAIN])
         memory = {"memory": digits([peak / plain])[0], "mib": digits([peak / 2**20])[0]}
-        return {"time": self.ratio(key), "ms": self.ms(key)[1], **memory}
+        ms = digits([count * self.ms(key)[1]])[0]
+        return {"time": self.ratio(key, count=count), "ms": ms, **memory}
 
     def head(self) -> dict:
         """Return what is known of the plain step, for JSON."""
@@ -69,24 +70,31 @@ class Measured:
         return {"rounds": len(self.rounds), "plain_ms": self.ms(PLAIN), "plain_mib": mib}
 
 
-def measure(steps: dict[Key, Variant], length: Length, device: str, base: Key = PLAIN) -> Measured:
+def measure(steps: dict[Key, Variant], length: Length, device: str, memory: bool = True) -> Measured:
     """Time all steps round by round, and measure their peaks.
 
     Args:
         steps: What to measure; the plain step among it.
         length: How long.
         device: Where it runs.
-        base: The step that appears several times per round.
+        memory: Whether to measure peaks.
     """
     sync = sync_of(device)
     for variant in steps.values():
         variant.warm_up(sync)
-    slow = {k for k, v in steps.items() if k[0] not in ("plain", "ours", "floor") and v.seconds > SLOW}
-    found = Measured(peaks={k: _peak(v, k in slow, device) for k, v in steps.items() if k[0] != "floor"})
-    if slow:
-        _rounds(found, steps, base, sync, length.slow_seconds, length.slow_rounds)
-    short = {key: variant for key, variant in steps.items() if key not in slow}
-    _rounds(found, short, base, sync, length.seconds, length.rounds)
+    tiers = {key: _tier(key, variant) for key, variant in steps.items()}
+    found = Measured()
+    if memory:
+        peaked = {key: variant for key, variant in steps.items() if key[0] != "floor"}
+        found.peaks = {key: _peak(v, tiers[key] > 0, device) for key, v in peaked.items()}
+    # the short steps are in all rounds, so that there are ratios to each step
+    plans = {0: (length.seconds, length.rounds), 1: (length.slow_seconds, length.slow_rounds)}
+    for tier in sorted(set(tiers.values()), reverse=True):
+        these = {key: variant for key, variant in steps.items() if tiers[key] <= tier}
+        seconds, rounds = plans.get(tier, (0.0, (1, 1)))
+        times = interleave(these, PLAIN, sync, seconds, rounds)
+        for k in range(len(times[PLAIN])):
+            found.rounds.append({key: values[k] for key, values in times.items()})
     return found
 
 
@@ -95,17 +103,11 @@ def sync_of(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
 
 
-def _rounds(
-    found: Measured,
-    steps: dict[Key, Variant],
-    base: Key,
-    sync: Callable[[], None],
-    seconds: float,
-    rounds: tuple[int, int],
-) -> None:
-    times = interleave(steps, base, sync, seconds, rounds)
-    for k in range(len(times[base])):
-        found.rounds.append({key: values[k] for key, values in times.items()})
+def _tier(key: Key, variant: Variant) -> int:
+    """Return 0 for short steps and our own, 1 for slow ones, 2 for endless ones."""
+    if key[0] in ("plain", "ours", "floor"):
+        return 0
+    return (variant.seconds > SLOW) + (variant.seconds > ENDLESS)
 
 
 def _peak(variant: Variant, slow: bool, device: str) -> int:

@@ -60,7 +60,7 @@ def _point(sizes: dict[str, int], length: Length, device: str) -> dict[str, floa
         ("ours", GRAM): ggn_step(problem, lambda ggn: ggn.block.gram()),
         ("ours", SPECTRUM): ggn_step(problem, lambda ggn: ggn.eigvalsh()),
     }
-    measured = measure(steps, length, device)
+    measured = measure(steps, length, device, memory=False)
     plain = measured.ms(PLAIN)[1]
     extra = {name: measured.ms(("ours", name))[1] - plain for name in (GRAM, SPECTRUM)}
     return {"plain step": plain} | extra
