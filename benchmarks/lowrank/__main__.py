@@ -63,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         # BackPACK's full backward hooks make torch warn about inputs without gradient, vivit warns
         # about small eigenvalues
         warnings.simplefilter("ignore", UserWarning)
-        return _run(args, path)
+        # each round begins with a collection; what is imported by now need not be searched each time
+        gc.freeze()
+        try:
+            return _run(args, path)
+        finally:
+            gc.unfreeze()
 
 
 def _run(args: argparse.Namespace, path: Path) -> dict:
