@@ -60,8 +60,10 @@ class backpack(_backpack.backpack):
     def __exit__(self, kind, value, traceback) -> None:
         super().__exit__(kind, value, traceback)
         backpack.current = self._outer
-        ours = [ext for ext in self.exts if isinstance(ext, Extension)]
-        if ours and kind is None and not self.computed:
+        if self.computed or kind is not None:
+            return
+        ours = list(filter(_ours, self.exts))
+        if ours:
             warnings.warn(
                 f"backpack({', '.join(type(e).__name__ for e in ours)}): the block ended and nothing "
                 "was computed, because no backward pass through an extended model ran inside it. "
@@ -73,6 +75,8 @@ class backpack(_backpack.backpack):
 
 def check_savefields(exts) -> None:
     """Raise if two extensions of one pass would overwrite each other's results."""
+    if len(exts) < 2:
+        return
     seen = {}
     for ext in exts:
         other = seen.setdefault(ext.savefield, ext)
@@ -86,7 +90,7 @@ def check_savefields(exts) -> None:
 def active_extensions() -> tuple[Extension, ...]:
     """Return our extensions among the active ones."""
     exts = CTX.active_exts
-    return tuple(ext for ext in exts if isinstance(ext, Extension)) if exts else ()
+    return tuple(filter(_ours, exts)) if exts else ()
 
 
 def recording() -> bool:
@@ -112,11 +116,11 @@ def _wanted(by: Callable[[object], bool]) -> bool:
 
 
 def _ours(ext: object) -> bool:
-    return isinstance(ext, Extension)
+    return Extension in type(ext).__mro__  # asking for instances of an abstract class is slow
 
 
 def _needs_layers(ext: object) -> bool:
-    return isinstance(ext, Extension) and ext.needs_layers
+    return _ours(ext) and ext.needs_layers
 
 
 def loss_multiplier() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from backpack_ext.hesscale import DiagonalHessian
 from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.per_datum import PerDatum
 from backpack_ext.products import RESHAPES
+from backpack_ext.quiet import Quiet
 
 
 class DiagonalPass:
@@ -23,29 +24,22 @@ class DiagonalPass:
     Args:
         ext: The extension.
         keep: Whether the graph outlives the pass.
-        quiet: Given a device type, a context without gradients and autocast.
+        quiet: Makes contexts without gradients and autocast.
         per_datum: Takes h at the outputs of layers; None if sums over the batch are wanted.
     """
 
     def __init__(
-        self, ext: DiagonalHessian, keep: bool, quiet: Callable, per_datum: PerDatum | None = None
+        self, ext: DiagonalHessian, keep: bool, quiet: Quiet, per_datum: PerDatum | None = None
     ):
         self.ext, self.per_datum = ext, per_datum
-        self.recursion = Recursion(
-            ext.gauss_newton,
-            ext.signs,
-            ext.warn,
-            ext.refuses_curved_glue,
-            None if per_datum is None else per_datum.observe,
-            keep,
-            quiet,
-            ext.cross_terms,
-        )
+        observe = None if per_datum is None else per_datum.observe
+        self.recursion = Recursion(ext, observe, keep, quiet)
 
-    def start(self, call: LossCall | KnownDiagonal, factor: Tensor) -> None:
+    def start(self, call: LossCall | KnownDiagonal, factor: float | Tensor) -> None:
         """Begin at a loss that enters the total with a factor, its reduction included."""
-        ext = self.ext
-        seeds = [(edge, h * factor) for edge, h in call.diagonals(ext.layerwise)]
+        ext, seeds = self.ext, call.diagonals(self.ext.layerwise)
+        if not (isinstance(factor, float) and factor == 1):
+            seeds = [(edge, h * factor) for edge, h in seeds]
         if ext.exact_penultimate:
             seeds += self._penultimate(call, factor)
         if self.per_datum is not None:
@@ -53,7 +47,7 @@ class DiagonalPass:
         self.recursion.start(seeds)
 
     def _penultimate(
-        self, call: LossCall | KnownDiagonal, factor: Tensor
+        self, call: LossCall | KnownDiagonal, factor: float | Tensor
     ) -> list[tuple[GradientEdge, Tensor]]:
         """Return what the recursion misses at the input of the last layer, in addition to the seeds."""
         if isinstance(call, KnownDiagonal) or call.other_edges:
@@ -78,17 +72,31 @@ class DiagonalPass:
         self.recursion.end()
         if self.per_datum is not None:
             return self.per_datum.finish(self.ext, multiplier)
-        results, seen = self.recursion.results, set()
-        for key, (p, h) in results.items():
-            if h.is_complex() or p.is_complex():
-                raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
-            address = h.data_ptr()
-            # two parameters that are added up share what arrives at the sum
-            if not h.is_contiguous() or (address in seen and h.numel()):
-                h = h.clone(memory_format=torch.contiguous_format)
-            seen.add(address)
-            results[key] = p, h if multiplier == 1 else h / multiplier
-        return results
+        results = self.recursion.results
+        if not results:
+            return results
+        parameters, hs = zip(*results.values(), strict=True)
+        if any(dtype.is_complex for dtype in {t.dtype for t in (*parameters, *hs)}):
+            p = next(p for p, h in results.values() if p.is_complex() or h.is_complex())
+            raise complex_numbers(f"what a parameter of shape {tuple(p.shape)} is used for")
+        # two parameters that are added up share what arrives at the sum
+        if len(set(map(Tensor.data_ptr, hs))) < len(hs) or not all(map(Tensor.is_contiguous, hs)):
+            hs = _apart(hs)
+        if multiplier != 1:
+            hs = [h / multiplier for h in hs]
+        return dict(zip(results, zip(parameters, hs, strict=True), strict=True))
+
+
+def _apart(hs: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous tensors, each with memory of its own."""
+    seen: set[int] = set()
+    out = []
+    for h in hs:
+        if h.data_ptr() in seen or not h.is_contiguous():
+            h = h.clone(memory_format=torch.contiguous_format)
+        seen.add(h.data_ptr())
+        out.append(h)
+    return out
 
 
 def _last_layer(edge: GradientEdge) -> tuple[Node, int, Tensor] | None:

@@ -117,6 +117,8 @@ def extend(
 
 def extend_once(module: nn.Module) -> nn.Module:
     """Extend a module unless it is: what `extend` was told stays."""
+    if not isinstance(module, nn.Module):
+        return extend(module)  # which says what it expects
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return module if any(isinstance(_owner(hook), Hook) for hook in hooks) else extend(module)
 
@@ -373,8 +375,8 @@ class LossHook(Hook):
 
 def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:
     """Return a call's tensors by the names of its arguments; None where there is none."""
-    found = (args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names))
-    return tuple(t if isinstance(t, Tensor) else None for t in found)
+    found = [args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names)]
+    return tuple([t if isinstance(t, Tensor) else None for t in found])
 
 
 def _tensors(tree) -> Iterator[Tensor]:

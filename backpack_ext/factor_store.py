@@ -114,6 +114,10 @@ class FactorStore:
         for layer in self.layers.values():
             layer.pieces.clear()
 
+    def covers(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether vectors arrived at all of some parameters."""
+        return {id(p) for p in parameters} <= {id(p) for p in self.parameters}
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that vectors arrived at."""
@@ -236,11 +240,18 @@ def groups_of(
 
 
 def named_groups(param_groups) -> dict[str, list[nn.Parameter]]:
-    """Return the groups that a user wrote, by name: ``"0"``, ``"1"`` etc. where none is given."""
-    found = {}
+    """Return the groups that a user wrote, by name: ``"0"``, ``"1"`` etc. where none is given.
+
+    Raises:
+        ValueError: If two groups have one name.
+    """
+    found: dict[str, list[nn.Parameter]] = {}
     for k, group in enumerate(param_groups):
         given = isinstance(group, dict)
         members = group["params"] if given else group
         members = [members] if isinstance(members, Tensor) else list(members)
-        found[str(group.get("name", k)) if given else str(k)] = members
+        name = str(group.get("name", k)) if given else str(k)
+        if name in found:
+            raise ValueError(f"Two groups of parameters have the name {name!r}.")
+        found[name] = members
     return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from backpack_ext.layer_gram import layer_gram
-from backpack_ext.normal import CHUNK, Bags, OneHot, square_sum
+from backpack_ext.errors import RecordingError
+from backpack_ext.layer_gram import layer_gram, layer_grams
+from backpack_ext.normal import CHUNK, Bags, OneHot, bias_per_sample, per_sample, square_sum
 from curvature import Axes
 from curvature.factor import Factor
 
@@ -25,7 +26,7 @@ class LayerFactor(Factor):
         part: Which part ``(k, G)`` of its parameters the layer is; None for the whole.
     """
 
-    __slots__ = ("a", "axes", "b", "part", "shapes_")
+    __slots__ = ("_a", "_version", "axes", "b", "part", "shapes_")
 
     def __init__(
         self,
@@ -35,7 +36,23 @@ class LayerFactor(Factor):
         axes: Sequence[Axes],
         part: tuple[int, int] | None = None,
     ):
-        self.a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
+        self._a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
+        self._version = _versioned(a)._version
+
+    @property
+    def a(self) -> Tensor | OneHot:
+        """Inputs ``[g,n,s,i]``, or one-hot inputs.
+
+        Raises:
+            RecordingError: If they were overwritten since: they may be the user's own mini-batch.
+        """
+        if _versioned(self._a)._version != self._version:
+            raise RecordingError(
+                f"The inputs of a layer with a weight of shape {tuple(self.shapes_[0])} were modified "
+                "in place after the backward pass; what is asked for now would be that of other data. "
+                "Ask before, or fill another tensor with the next mini-batch."
+            )
+        return self._a
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -65,6 +82,12 @@ class LayerFactor(Factor):
     def _own_gram(self) -> Tensor:
         return layer_gram(self.a, self.b, bias=self._bias)
 
+    def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
+        """Return ``V^T V`` and ``V^T V'``; see `Factor.gram_and`."""
+        if not isinstance(other, LayerFactor) or (other.axes, other.part) != (self.axes, self.part):
+            return super().gram_and(other)
+        return layer_grams(self.a, self.b, other.a, other.b, bias=self._bias)
+
     def _gram_with(self, other: Factor) -> Tensor:
         if not isinstance(other, LayerFactor) or other.axes != self.axes:
             return super()._gram_with(other)
@@ -75,6 +98,13 @@ class LayerFactor(Factor):
         if isinstance(self.a, OneHot) != isinstance(other.a, OneHot):
             return super()._gram_with(other)
         return layer_gram(self.a, self.b, other.a, other.b, bias=self._bias)
+
+    def explicit(self) -> tuple[Tensor, ...]:
+        """Return all columns, ``[q, *shape]``; see `Factor.explicit`."""
+        found = [self._placed(per_sample(self.a, self.b).flatten(0, 1), 0)]
+        if self._bias:
+            found.append(self._placed(bias_per_sample(self.b).flatten(0, 1), 1))
+        return tuple(found)
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
@@ -157,16 +187,18 @@ class LayerFactor(Factor):
         """Return a multiple of the factor."""
         return self._with(self.a, self.b * scale)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        if isinstance(self.a, OneHot):
-            a = _moved(self.a, device)
-        else:
-            a = self.a.to(device=device, dtype=dtype)
-        return self._with(a, self.b.to(device=device, dtype=dtype))
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        a = _mapped(self.a, function) if isinstance(self.a, OneHot) else function(self.a)
+        return self._with(a, function(self.b))
 
     def _with(self, a: Tensor | OneHot, b: Tensor) -> LayerFactor:
         return LayerFactor(a, b, self.shapes_, self.axes, self.part)
+
+
+def _versioned(a: Tensor | OneHot) -> Tensor:
+    """Return the tensor that may be the user's."""
+    return a.index if isinstance(a, OneHot) else a
 
 
 def b_to_tokens(a: OneHot, b: Tensor) -> Tensor:
@@ -186,11 +218,11 @@ def tokens_to_b(a: OneHot, W: Tensor) -> Tensor:
     return entries.new_zeros(len(entries), n * s, entries.shape[2]).index_add_(1, a.rows, entries)
 
 
-def _moved(a: OneHot, device: torch.device | str | None) -> OneHot:
-    def to(t: Tensor | None) -> Tensor | None:
-        return t if t is None else t.to(device=device)
+def _mapped(a: OneHot, function: Callable[[Tensor], Tensor]) -> OneHot:
+    def new(t: Tensor | None) -> Tensor | None:
+        return t if t is None else function(t)
 
     bags = a.bags
     if bags is not None:
-        bags = Bags(to(bags.row), bags.shape, to(bags.weight))
-    return replace(a, index=to(a.index), mask=to(a.mask), bags=bags)
+        bags = Bags(new(bags.row), bags.shape, new(bags.weight))
+    return replace(a, index=new(a.index), mask=new(a.mask), bags=bags)

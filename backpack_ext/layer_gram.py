@@ -11,6 +11,8 @@ Two routes lead there: this sum (the *kernel* route), or forming G for some outp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,23 @@ def layer_gram(
         found = _densified(a, b, a2, b2)
         return _of_tokens(a, b, a2, b2) if found is None else _of(found[0], b, found[1], b2, False)
     return _of(a, b, a2, b if same else b2, bias)
+
+
+def layer_grams(
+    a: Tensor | OneHot, b: Tensor, a2: Tensor | OneHot, b2: Tensor, bias: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `layer_gram` of a set with itself and with another set; see there."""
+    tokens = isinstance(a, OneHot) or isinstance(a2, OneHot)
+    if tokens or not _explicit_is_cheaper(a, b, a, b, True):
+        return layer_gram(a, b, bias=bias), layer_gram(a, b, a2, b2, bias=bias)
+    (v, n), (w, m) = b.shape[1:3], b2.shape[1:3]
+    own, cross = b.new_zeros(v * n, v * n), b.new_zeros(v * n, w * m)
+    for G, H in _pieces(a, b, a2, b2):  # one set of vectors serves both
+        own += gram(G.mT).sum(0)
+        cross += (G @ H.mT).sum(0)
+    if bias:
+        own, cross = own + _of_biases(b, b), cross + _of_biases(b, b2)
+    return own, cross
 
 
 def _of(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -> Tensor:
@@ -95,33 +114,39 @@ def _kernel(A: Tensor, b: Tensor, b2: Tensor, same: bool) -> Tensor:
 
 def _explicit(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -> Tensor:
     """Form the per-sample vectors for some output features at a time."""
+    v, n, w, m = *b.shape[1:3], *b2.shape[1:3]
+    total = b.new_zeros(v * n, w * m)
+    for G, H in _pieces(a, b, a2, b2):
+        total += gram(G.mT).sum(0) if a2 is None else (G @ H.mT).sum(0)
+    return total + _of_biases(b, b2) if bias else total
+
+
+def _pieces(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the per-sample vectors of both sets (equal if ``a2`` is None), some output features each."""
     (g, v, n, _, o), i, (_, w, m, _, _) = b.shape, a.shape[-1], b2.shape
-    total = b.new_zeros(n * v, m * w)
-    size = g * max(n * v, m * w) * i
-    step = max(1, min(o, CHUNK // size))
+    step = max(1, min(o, CHUNK // (g * max(v * n, w * m) * i)))
     for k in range(0, o, step):
         G = _rows(a, b[..., k : k + step])
-        if a2 is None:
-            total += gram(G.mT).sum(0)
-        else:
-            total += (G @ _rows(a2, b2[..., k : k + step]).mT).sum(0)
-    if bias:
-        x, y = b.sum(3), b2.sum(3)
-        total += (
-            x.transpose(1, 2).reshape(g, n * v, o) @ y.transpose(1, 2).reshape(g, m * w, o).mT
-        ).sum(0)
-    # data were slow, which spares a copy of G
-    return total.reshape(n, v, m, w).permute(1, 0, 3, 2).reshape(v * n, w * m)
+        yield G, G if a2 is None else _rows(a2, b2[..., k : k + step])
+
+
+def _of_biases(b: Tensor, b2: Tensor) -> Tensor:
+    """Return the dot products of the biases' per-sample vectors."""
+    x, y = (t.sum(3).flatten(1, 2) for t in (b, b2))
+    return (x @ y.mT).sum(0)
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:
-    """Return per-sample vectors ``[g, (n v), (o i)]``."""
-    g, v, n, s, o = b.shape
+    """Return per-sample vectors ``[g, (v n), (o i)]``."""
+    (g, v, n, s, o), i = b.shape, a.shape[-1]
     if s == 1:
-        G = b.transpose(1, 2).reshape(g, n, v, o, 1) * a.reshape(g, n, 1, 1, -1)
-    else:
-        G = b.permute(0, 2, 1, 4, 3).reshape(g, n, v * o, s) @ a
-    return G.reshape(g, n * v, -1)
+        return (b.reshape(g, v, n, o, 1) * a.reshape(g, 1, n, 1, i)).reshape(g, v * n, o * i)
+    # vector by vector: a product over all of them would copy b, or repeat a
+    G = b.new_empty(v, g * n, o, i)
+    inputs, vectors = a.reshape(g * n, s, i), b.mT
+    for k in range(v):
+        torch.bmm(vectors[:, k].reshape(g * n, o, s), inputs, out=G[k])
+    return G.reshape(v, g, n, o * i).transpose(0, 1).reshape(g, v * n, o * i)
 
 
 # --------------------------------------------------------------------------- one-hot inputs

@@ -180,8 +180,8 @@ class KnownDiagonal:
         return not self.seeds
 
     def diagonals(self, layerwise: bool = False) -> list[tuple[GradientEdge, Tensor]]:
-        """Return the diagonals, in float32 or above."""
-        return [(edge, widen(h)) for edge, h in self.seeds]
+        """Return copies of the diagonals, in float32 or above: results may be views of them."""
+        return [(edge, widen(h.clone())) for edge, h in self.seeds]
 
     def release(self) -> None:
         """Let go of the graph."""

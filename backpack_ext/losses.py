@@ -124,11 +124,10 @@ class CrossEntropyRule(LossRule):
             return 1.0
         if y.is_floating_point():
             return z.shape[1] / z.numel()
-        kept = y != module.ignore_index
         if module.weight is None:
-            total = int(kept.sum())
+            total = y.numel() - _ignored(module, y)
         else:
-            total = float(module.weight[y[kept]].sum())
+            total = float(module.weight[y[y != module.ignore_index]].sum())
         if total == 0:
             raise ValueError(
                 "CrossEntropyLoss: the targets are all ignored (or have weight zero), so the mean "
@@ -192,13 +191,12 @@ class CrossEntropyRule(LossRule):
 
     def _plain(self, module: nn.Module, y: Tensor) -> bool:
         """Whether all term factors are 1."""
-        plain = module.weight is None and not y.is_floating_point()
-        return plain and not bool((y == module.ignore_index).any())
+        return module.weight is None and not y.is_floating_point() and not _ignored(module, y)
 
     def diagonal(self, module, z, y):
         """``w (q - q^2)``."""
         q = z.softmax(1)
-        h = q - q * q
+        h = torch.addcmul(q, q, q, value=-1)
         return h if self._plain(module, y) else h * self.term_factors(module, z, y).unsqueeze(1)
 
     def layerwise_diagonal(self, module, z, y):
@@ -221,6 +219,17 @@ class CrossEntropyRule(LossRule):
         q = z.softmax(1)
         h = q @ W.square() - (q @ W).square()
         return h if self._plain(module, y) else h * self.term_factors(module, z, y).unsqueeze(1)
+
+
+# So many targets are counted faster one by one.
+_FEW = 128
+
+
+def _ignored(module: nn.Module, y: Tensor) -> int:
+    """Return how many targets are ignored."""
+    if y.numel() <= _FEW:
+        return (y if y.dim() == 1 else y.flatten()).tolist().count(module.ignore_index)
+    return int((y == module.ignore_index).sum())
 
 
 class NLLRule(_DiagonalRule):

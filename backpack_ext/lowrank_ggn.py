@@ -59,7 +59,8 @@ class LowRankGGN(FactorExtension):
             ``"layers"`` (one per module), ``"parameters"``, or a sequence of groups, each a sequence of
             parameters or a dictionary with ``"params"`` (and maybe ``"name"``), as for an optimizer.
         center: Whether to subtract from each column the mean over the data. With
-            ``fisher="empirical"`` that is N times the covariance of the gradients (times r c).
+            ``fisher="empirical"`` that is N times the covariance of the gradients (times r c). With
+            ``"exact"`` the result depends on which root of the Hessian is taken, for the cross-entropy.
         gradients: Whether to keep the data's gradients, for `directional_gradients` and Newton steps.
         dtype: Data type in which Gram matrices are decomposed.
         rtol: Eigenvalues below ``rtol`` times the largest count as zero; see `curvature.LowRank`.
@@ -122,6 +123,10 @@ class LowRankGGN(FactorExtension):
             )
         self.param_groups = _checked_groups(param_groups)
         self.max_columns, self.max_memory, self.closure = max_columns, max_memory, closure
+        if closure is not None and not callable(closure):
+            raise ValueError(
+                f"LowRankGGN: closure={closure!r}; expected a function that returns the loss."
+            )
         kind = "gradient" if fisher == "empirical" else fisher
         self.vectors = Vectors(kind, mc_samples, gradient=gradients and fisher != "empirical")
         self._blocks: dict[str, LowRank] | None = None
@@ -183,6 +188,7 @@ class LowRankGGN(FactorExtension):
         paths = parameter_paths()
         order = {key: k for k, key in enumerate(paths)}
         reached = sorted(columns.parameters, key=lambda p: order.get(id(p), len(order)))
+        self._check_known(reached, paths)
         groups = groups_of(self.param_groups, reached, lambda p: paths.get(id(p), "(unknown)"))
         data, scale = self.selection(columns.batch)
         data = torch.arange(columns.batch) if data is None else data
@@ -208,12 +214,28 @@ class LowRankGGN(FactorExtension):
                     factor,
                     owner=torch.arange(len(data), device=factor.device).repeat(slots),
                     data=len(data),
-                    slopes=None if of_slopes is None else of_slopes(parameters),
+                    # a pass that was asked for some gradients only brings no others
+                    slopes=of_slopes(parameters)
+                    if slopes is not None and slopes.covers(parameters)
+                    else None,
                     dtype=self.dtype,
                     rtol=self.rtol,
                 ),
             )
         return found
+
+    def _check_known(self, reached: Sequence[nn.Parameter], paths: Mapping[int, str]) -> None:
+        """Raise if a group has a parameter of no model that was called."""
+        if self.param_groups is None or isinstance(self.param_groups, str):
+            return
+        known = {id(p) for p in reached} | paths.keys()
+        for name, group in named_groups(self.param_groups).items():
+            for p in group:
+                if id(p) not in known:
+                    raise ValueError(
+                        f"LowRankGGN: group {name} has a parameter of shape {tuple(p.shape)} that is no "
+                        "parameter of the model."
+                    )
 
     def _again(
         self,
@@ -349,7 +371,7 @@ class LowRankGGN(FactorExtension):
 
         Of the data's own losses :math:`\ell_n = N r \sum_t \ell_{nt}`, whose mean is the total.
         """
-        return self._each(lambda block: block.eigh(k).directional_gradients())
+        return self._each(lambda block: _sloped(block).eigh(k).directional_gradients())
 
     def directional_curvatures(self, k: int | None = None) -> Tensor | dict[str, Tensor]:
         r"""Return :math:`\lambda_{nk} = e_k^T G_n e_k`, ``[N, K]``, with the GGN of the same losses.
@@ -373,7 +395,7 @@ class LowRankGGN(FactorExtension):
             k: Number of directions; all by default.
             criterion: See `eigh`.
         """
-        return self._joined(lambda block: block.eigh(k, criterion).newton_step(damping))
+        return self._joined(lambda block: _sloped(block).eigh(k, criterion).newton_step(damping))
 
     def matvec(self, vector: Mapping[nn.Parameter, Tensor]) -> Step:
         """Return ``G v``, by parameter, of tensors by parameter ``[..., *shape]``."""
@@ -409,6 +431,20 @@ class LowRankGGN(FactorExtension):
         return found
 
 
+def _sloped(block: LowRank) -> LowRank:
+    """Return a block, or raise if the data's gradients are missing.
+
+    Raises:
+        RecordingError: If so.
+    """
+    if block.slopes is None:
+        raise RecordingError(
+            "LowRankGGN: the data's gradients were not kept. That takes gradients=True, and a backward "
+            "pass that reaches all layers (not backward(inputs=...))."
+        )
+    return block
+
+
 def _checked_groups(param_groups):
     """Return the groups as they came, sequences and not iterators.
 
@@ -424,11 +460,16 @@ def _checked_groups(param_groups):
                 "sequence of groups of parameters."
             )
         return param_groups
+    if not isinstance(param_groups, Iterable):
+        raise ValueError(f"LowRankGGN: param_groups={param_groups!r}; expected groups of parameters.")
     groups = [
         dict(g, params=list(g["params"])) if isinstance(g, dict) else list(g) for g in param_groups
     ]
     seen: dict[int, str] = {}
-    for name, group in named_groups(groups).items():
+    found = named_groups(groups)
+    if not found or not all(found.values()):
+        raise ValueError("LowRankGGN: param_groups has no group, or an empty one.")
+    for name, group in found.items():
         for p in group:
             if not isinstance(p, nn.Parameter) or not p.requires_grad:
                 raise ValueError(

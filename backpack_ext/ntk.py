@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class NTK:
 
     Args:
         model: The model; it is extended if it is not yet. All its trainable parameters that its output
-            depends on count.
+            depends on count. Call ``eval()`` on it if it has dropout: else the kernel is that of the
+            network with one draw of masks.
         outputs: Which outputs: ``"full"``, all pairs of outputs; ``"trace"``, the sum over equal outputs
             :math:`\sum_c K_{nm,cc}`, at the cost of one; or indices of outputs, all pairs of these. A
             datum's outputs are flattened.
@@ -98,9 +100,14 @@ class NTK:
                 )
             self.indices = None
         else:
-            self.indices = [int(k) for k in outputs]
+            try:
+                self.indices = [index(k) for k in outputs]
+            except TypeError:
+                self.indices = []
             if not self.indices:
-                raise ValueError("NTK: outputs is empty; expected indices of outputs.")
+                raise ValueError(
+                    f"NTK: outputs={outputs!r}; expected 'full', 'trace', or a sequence of indices."
+                )
         self.model, self.outputs = extend_once(model), outputs
         self.unsupported, self.max_columns = unsupported, max_columns
 
@@ -179,7 +186,8 @@ def _trace(one: Factor, two: Factor, N: int, M: int) -> Tensor:
 @contextmanager
 def _parameters(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Have a model's parameters and buffers take other values."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = dict(model.named_parameters(remove_duplicate=False))
+    own |= dict(model.named_buffers(remove_duplicate=False))
     values = {} if values is None else values
     for name, value in values.items():
         if name not in own:

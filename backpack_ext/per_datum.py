@@ -127,11 +127,11 @@ class PerDatum:
         known = any(g is not None for g in gs)
         need = [k in entries for k in range(len(node.next_functions))]
         step = Step(node, hs, gs if known else None, need)
-        rule, recursion = rule_of(node), self._recursion()
+        rule, ext = rule_of(node), self._recursion().ext
 
         def cross() -> Diagonals:
             if rule is None:
-                return by_signs(step, recursion.signs, recursion.refuse)
+                return by_signs(step, ext.signs, ext.refuses_curved_glue)
             return rule.cross(step)
 
         # checkpointed tensors are handed out once per pass, and each datum reads them

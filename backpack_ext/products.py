@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from backpack_ext.own_pass import call, in_a_pass_of_its_own
 from backpack_ext.reading import Reading
 from backpack_ext.rules.affine import PLAIN
 from backpack_ext.rules.base import Rule, bias_axes
@@ -249,14 +250,17 @@ def _copied(node: Node, route: Route) -> bool:
 
 def _back(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     """Send numbers from a factor back to the parameter."""
+    return in_a_pass_of_its_own(lambda: _sent(node, index, g, route))
+
+
+def _sent(node: Node, index: int, g: Tensor, route: Route) -> Tensor:
     for step in route:
         entry, k, _ = step[0]
         child = node.next_functions[entry][0]
         if node.name() not in _IDENTITIES:
             arguments: list[Tensor | None] = [None] * len(node._input_metadata)
             arguments[index] = g
-            found = node(*arguments)
-            g = (found if isinstance(found, tuple) else (found,))[entry]
+            g = call(node, arguments)[entry]
         g = g.reshape(child._input_metadata[k].shape)
         node, index = child, k
     return g

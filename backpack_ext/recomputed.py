@@ -119,14 +119,21 @@ class RecomputedFactor(Factor):
     Args:
         recomputation: How.
         parameters: The parameters that it is over.
+        scale: A factor of its columns.
+        like: A tensor of its data type and device; those of the layers' factors by default.
     """
 
-    __slots__ = ("parameters", "recomputation", "scale")
+    __slots__ = ("like", "parameters", "recomputation", "scale")
 
     def __init__(
-        self, recomputation: Recomputation, parameters: Sequence[nn.Parameter], scale: float = 1.0
+        self,
+        recomputation: Recomputation,
+        parameters: Sequence[nn.Parameter],
+        scale: float = 1.0,
+        like: Tensor | None = None,
     ):
         self.recomputation, self.parameters, self.scale = recomputation, tuple(parameters), scale
+        self.like = recomputation.like if like is None else like
 
     def _parts(self) -> Iterator[tuple[Tensor, Factor]]:
         """Yield the columns of each part, and their factor."""
@@ -134,6 +141,8 @@ class RecomputedFactor(Factor):
         slots = torch.arange(again.slots)[:, None] * len(again.data)
         for places in again.chunks():
             part = again.run(places, self.parameters)
+            if part.dtype != self.like.dtype:
+                part = part.to(dtype=self.like.dtype)
             yield (slots + places).flatten(), part if self.scale == 1 else part.scaled(self.scale)
 
     @property
@@ -149,7 +158,7 @@ class RecomputedFactor(Factor):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """A tensor without entries: nothing is held."""
-        return (self.recomputation.like,)
+        return (self.like,)
 
     def _own_gram(self) -> Tensor:
         out = self._zeros(self.columns, self.columns)
@@ -206,18 +215,26 @@ class RecomputedFactor(Factor):
 
     def scaled(self, scale: float) -> Factor:
         """Return a multiple of the factor."""
-        return RecomputedFactor(self.recomputation, self.parameters, self.scale * scale)
+        scale = self.scale * scale
+        return RecomputedFactor(self.recomputation, self.parameters, scale, self.like)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return the factor itself: it holds no tensors."""
+        return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Refuse: it is formed where the model is.
+        """Return the factor with its products in another data type.
 
         Raises:
-            TypeError: Always.
+            TypeError: If it is to be on another device than the model.
         """
-        raise TypeError(
-            "The factor is recomputed by the model, on its device and in its data type. Move the "
-            "results, or raise max_memory so that it is kept."
-        )
+        if device is not None and torch.device(device).type != self.device.type:
+            raise TypeError(
+                f"The factor is recomputed by the model, on {self.device}, and cannot be had on "
+                f"{device}. Move the results, or raise max_memory so that the factor is kept."
+            )
+        like = self.like if dtype is None else self.like.to(dtype)
+        return RecomputedFactor(self.recomputation, self.parameters, self.scale, like)
 
     def _zeros(self, *shape: int) -> Tensor:
-        return self.recomputation.like.new_zeros(shape)
+        return self.like.new_zeros(shape)

@@ -13,6 +13,7 @@ from curvature.eigen import KroneckerEigen
 from curvature.eigenpairs import Eigenpairs, Eigenvectors, noise_damping
 from curvature.factor import Centered, Concatenated, DenseFactor, Factor, Stacked, Sum
 from curvature.hierarchical import Hierarchical, RankKLower, RankKUpper
+from curvature.kernel_regression import KernelRegression
 from curvature.kronecker import Kronecker
 from curvature.kronecker_sum import KroneckerSum
 from curvature.lowrank import LowRank
@@ -44,6 +45,7 @@ __all__ = [
     "Eigenvectors",
     "Factor",
     "Hierarchical",
+    "KernelRegression",
     "Kronecker",
     "KroneckerEigen",
     "KroneckerSum",

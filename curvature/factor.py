@@ -8,7 +8,7 @@ never.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 # Entries of a factor's explicit columns that are formed at once.
 CHUNK = 2**24
+
+# Terms of a dot product that are added up at once.
+TERMS = 2**16
 
 
 class Factor(ABC):
@@ -63,8 +66,8 @@ class Factor(ABC):
         """Return a multiple of the factor."""
 
     @abstractmethod
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor of the same form, with what a function makes of each of the `tensors`."""
 
     # ------------------------------------------------------------------ products of two factors
 
@@ -83,6 +86,10 @@ class Factor(ABC):
         check_same(self, other)
         found = other._gram_from(self)
         return self._gram_with(other) if found is None else found
+
+    def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`V^T V` and :math:`V^T V'`, which may share work; see `gram`."""
+        return self.gram(), self.gram(other)
 
     def _own_gram(self) -> Tensor:
         return self._gram_with(self)
@@ -122,6 +129,14 @@ class Factor(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensors that the factor holds."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
+        """Return the factor on another device, in another data type."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+        return self.mapped(move)
 
     def explicit(self) -> tuple[Tensor, ...]:
         """Return all columns as parameter-shaped tensors ``[q, *shape]``: V itself."""
@@ -178,7 +193,9 @@ class DenseFactor(Factor):
 
     def _gram_with(self, other: Factor) -> Tensor:
         if isinstance(other, DenseFactor):
-            return self._flat @ other._flat.mT
+            # long sums in float32 would add noise that grows with the number of terms
+            pieces = zip(self._flat.split(TERMS, 1), other._flat.split(TERMS, 1), strict=True)
+            return _total(a @ b.mT for a, b in pieces)
         return other.project(self.rows)
 
     @property
@@ -208,9 +225,9 @@ class DenseFactor(Factor):
         """Return a multiple of the factor."""
         return DenseFactor(self.rows * scale)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        return DenseFactor(self.rows.to(device=device, dtype=dtype))
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return DenseFactor(function(self.rows))
 
 
 class _Parts(Factor):
@@ -222,6 +239,16 @@ class _Parts(Factor):
         self.parts = tuple(parts)
 
     @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """The parameters' shapes: each part is over all of them."""
+        return self.parts[0].shapes
+
+    @property
+    def columns(self) -> int:
+        """Number of columns q: each part has all of them."""
+        return self.parts[0].columns
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of all parts."""
         return tuple(t for part in self.parts for t in part.tensors)
@@ -230,9 +257,9 @@ class _Parts(Factor):
         """Return a multiple of the factor."""
         return type(self)([part.scaled(scale) for part in self.parts])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        return type(self)([part.to(device, dtype) for part in self.parts])
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return type(self)([part.mapped(function) for part in self.parts])
 
 
 class Stacked(_Parts):
@@ -260,20 +287,26 @@ class Stacked(_Parts):
         """The shapes of all parameters."""
         return tuple(shape for part in self.parts for shape in part.shapes)
 
-    @property
-    def columns(self) -> int:
-        """Number of columns q."""
-        return self.parts[0].columns
-
     def _own_gram(self) -> Tensor:
         return _total(part.gram() for part in self.parts)
 
     def _gram_with(self, other: Factor) -> Tensor:
-        if isinstance(other, Stacked):
-            shapes = [[part.shapes for part in factor.parts] for factor in (self, other)]
-            if shapes[0] == shapes[1]:
-                return _total(a.gram(b) for a, b in zip(self.parts, other.parts, strict=True))
+        if self._matches(other):
+            return _total(a.gram(b) for a, b in zip(self.parts, other.parts, strict=True))
         return super()._gram_with(other)
+
+    def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
+        """Return ``V^T V`` and ``V^T V'``; see `Factor.gram_and`."""
+        if not self._matches(other):
+            return super().gram_and(other)
+        pairs = [a.gram_and(b) for a, b in zip(self.parts, other.parts, strict=True)]
+        return _total(own for own, _ in pairs), _total(cross for _, cross in pairs)
+
+    def _matches(self, other: Factor) -> bool:
+        """Whether another factor is stacked of parts over the same parameters."""
+        if not isinstance(other, Stacked):
+            return False
+        return [part.shapes for part in self.parts] == [part.shapes for part in other.parts]
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
@@ -305,16 +338,6 @@ class Sum(_Parts):
     """
 
     __slots__ = ()
-
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The parameters' shapes."""
-        return self.parts[0].shapes
-
-    @property
-    def columns(self) -> int:
-        """Number of columns q."""
-        return self.parts[0].columns
 
     def _own_gram(self) -> Tensor:
         total = _total(part.gram() for part in self.parts)
@@ -369,11 +392,6 @@ class Concatenated(_Parts):
         super().__init__(parts)
         for part in self.parts[1:]:
             check_same(self.parts[0], part)
-
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The parameters' shapes."""
-        return self.parts[0].shapes
 
     @property
     def columns(self) -> int:
@@ -438,16 +456,6 @@ class Centered(_Parts):
         super().__init__([factor])
         self.slots = slots
 
-    @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """The parameters' shapes."""
-        return self.parts[0].shapes
-
-    @property
-    def columns(self) -> int:
-        """Number of columns q."""
-        return self.parts[0].columns
-
     def centered(self, t: Tensor) -> Tensor:
         """Subtract the mean over the data along the last axis ``[..., q]``."""
         t = t.unflatten(-1, (self.slots, -1))
@@ -488,9 +496,9 @@ class Centered(_Parts):
         """Return a multiple of the factor."""
         return Centered(self.parts[0].scaled(scale), self.slots)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factor:
-        """Return the factor on another device, in another data type."""
-        return Centered(self.parts[0].to(device, dtype), self.slots)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return Centered(self.parts[0].mapped(function), self.slots)
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

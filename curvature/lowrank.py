@@ -132,7 +132,12 @@ class LowRank(Block):
 
     def _gram(self) -> Tensor:
         if "gram" not in self._found:
-            gram = self.factor.gram().detach().to(self.gram_dtype)
+            if self.slopes is None or "cross" in self._found:
+                gram = self.factor.gram()
+            else:  # little on top: most of the work is shared
+                gram, cross = self.factor.gram_and(self.slopes)
+                self._found["cross"] = cross.detach().to(self.gram_dtype)
+            gram = gram.detach().to(self.gram_dtype)
             self._found["gram"] = (gram + gram.mT) / 2
         return self._found["gram"]
 
@@ -291,11 +296,11 @@ class LowRank(Block):
         damping = check_damping("LowRank.solve", damping)
         rows, layout = as_rows(self, "LowRank.solve", vectors)
         small = self._small()
+        # where something is not finite, the trace is not: then the decomposition raises
         if "U" in self._found or not damping > self.rtol * float(small.trace()):
             return self.inverse(damping).matvec(*vectors)
         if not len(rows[0]):
             return from_rows(rows, layout)
-        check_finite("LowRank: the Gram matrix", small)
         root, info = torch.linalg.cholesky_ex(
             small + damping * torch.eye(len(small), dtype=small.dtype, device=small.device)
         )

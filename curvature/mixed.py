@@ -2,8 +2,7 @@ r"""Linear combinations of a factor's columns."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -112,10 +111,12 @@ class Mixed(Factor):
         """Return the factor on another device, V in another data type."""
         return type(self)(self.factor.to(device, dtype), self.weights.to(device=device))
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
+        """Return a factor with other tensors; see `Factor.mapped`."""
+        return type(self)(self.factor.mapped(function), function(self.weights))
+
 
 def rebuilt(factor: Factor | None, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Factor | None:
-    """Return a factor of the same form with ``others`` in the places of ``tensors``.
-
-    Tensors that are not among ``tensors`` are copied.
-    """
-    return copy.deepcopy(factor, {id(t): new for t, new in zip(tensors, others, strict=True)})
+    """Return a factor of the same form with ``others`` in the places of ``tensors``."""
+    places = {id(t): new for t, new in zip(tensors, others, strict=True)}
+    return None if factor is None else factor.mapped(lambda t: places.get(id(t), t))

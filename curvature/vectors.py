@@ -30,7 +30,7 @@ def as_rows(block: Block, name: str, vectors: Sequence[Tensor]) -> tuple[list[Te
     for t in vectors:
         dtype = torch.promote_types(dtype, t.dtype)
     lead = vectors[0].shape[: vectors[0].dim() - len(block.shapes[0])]
-    # the number of vectors is spelt out: -1 is ambiguous where there are none
+    # the number of vectors is spelt out: -1 is ambiguous for a parameter without entries
     rows = [t.to(dtype).reshape(lead.numel(), *s) for t, s in zip(vectors, block.shapes, strict=True)]
     return rows, (lead, result_dtype(vectors[0], dtype))
 
@@ -38,5 +38,5 @@ def as_rows(block: Block, name: str, vectors: Sequence[Tensor]) -> tuple[list[Te
 def from_rows(rows: Sequence[Tensor], layout: Layout) -> Parts:
     """Return rows ``[k, *shape]`` with the batch axes and data type that `as_rows` found."""
     lead, dtype = layout
-    found = tuple(t.reshape(*lead, *t.shape[1:]).to(dtype) for t in rows)
+    found = tuple(t.reshape((*lead, *t.shape[1:])).to(dtype) for t in rows)
     return found[0] if len(found) == 1 else found

@@ -85,3 +85,23 @@ def test_digits_by_adahesscale(tmp_path: Path):
     assert list(accuracy) == ["Adam", "AdaHesScale", "AdaHesScale-GN"]
     assert min(accuracy.values()) > 0.5
     assert (tmp_path / "digits_hesscale.png").stat().st_size > 5000
+
+
+def test_digits_spectra(tmp_path: Path):
+    lines = run("examples/digits_spectra.py", "--quick", "--out", str(tmp_path)).splitlines()
+    losses = [float(line.split()[3]) for line in lines if line.startswith("epoch")]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    for name in ("digits_spectra", "digits_noise"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_kernel_regime(tmp_path: Path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    out = run("examples/kernel_regime.py", "--quick", "--out", str(tmp_path))
+    rows = [line.split() for line in out.splitlines()]
+    rows = [row for row in rows if row[1:2] in (["32"], ["128"])]
+    assert [row[:2] for row in rows] == [[p, w] for p in ("standard", "ntk") for w in ("32", "128")]
+    assert "none satisfies the condition C' <= 1" in out
+    assert (tmp_path / "kernel_regime_mlp.png").stat().st_size > 10_000

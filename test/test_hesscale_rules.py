@@ -618,6 +618,8 @@ PRODUCTS = {
     "matmul, broadcast batches": function(torch.matmul, (2, 1, 2, 4), (3, 4, 3)),
     "bmm": function(torch.bmm, (2, 3, 4), (2, 4, 5)),
     "mm, transposed": function(lambda a, b: a.T @ b.T, (3, 4), (2, 3)),
+    "mm, transposed parameters": function(lambda a, b: a.t() @ b.t(), (3, 4), (2, 3)),
+    "mm, square, transposed parameters": function(lambda a, b: a.t() @ b.t(), (3, 3), (3, 3)),
     "addmm": function(lambda c, a, b: torch.addmm(c, a, b, beta=2, alpha=-3), (2,), (3, 4), (4, 2)),
     "baddbmm": function(torch.baddbmm, (2, 3, 5), (2, 3, 4), (2, 4, 5)),
     "outer": function(torch.outer, (3,), (4,)),

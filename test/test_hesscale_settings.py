@@ -33,7 +33,7 @@ from backpack_ext import (
     register_diagonal_rule,
 )
 from backpack_ext.dataset import collect
-from backpack_ext.diagonals import ACTIVATIONS, RULES
+from backpack_ext.diagonals import ACTIVATIONS, RULES, chain
 from backpack_ext.diagonals.recursion import Recursion
 from backpack_ext.diagonals.rule import found as rules_found
 
@@ -391,14 +391,14 @@ def test_checkpoints_with_reentry_raise():
 def test_residual_nets_in_linear_time(options: dict, monkeypatch):
     """The number of operations that are looked at and crossed grows by the same for each block."""
     count = [0]
-    for name in ("_cross", "_operation", "_beyond"):
-        method = getattr(Recursion, name)
+    for cls, name in ((Recursion, "_cross"), (Recursion, "_operation"), (chain.Chain, "cross")):
+        method = getattr(cls, name)
 
         def counted(self, *args, method=method):
             count[0] += 1
             return method(self, *args)
 
-        monkeypatch.setattr(Recursion, name, counted)
+        monkeypatch.setattr(cls, name, counted)
 
     class Residual(nn.Module):
         def __init__(self, depth: int):
@@ -624,6 +624,13 @@ def test_checkpointed_layers(double):
     close(found[1], found[0], 1e-12)
     for p in model.parameters():
         torch.testing.assert_close(p.hesscale_batch.sum(0), p.hesscale)
+
+
+def test_checkpointed_product_with_a_constant(double):
+    """It saves nothing in place of its input, and the constant by a hook."""
+    C = torch.randn(6, 6), torch.randn(6)
+    again = diagonals(lambda z: checkpoint(F.linear, z, *C, use_reentrant=False))
+    close(again, diagonals(lambda z: F.linear(z, *C)), 1e-12)
 
 
 @pytest.mark.parametrize("batch", [False, True])

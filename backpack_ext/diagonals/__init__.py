@@ -1,6 +1,7 @@
 """Hessian diagonals cross operations of the graph; this is the whole table of their rules."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from backpack_ext.diagonals import attention, linear, norms, pooling, softmax, upsampling
 from backpack_ext.diagonals.composite import ENDS
@@ -116,5 +117,5 @@ RULES.update(
 )
 
 # Where compositions may end: see `backpack_ext.diagonals.composite`.
-RULES.update((name, RULES[name]._replace(joins=2)) for name in ENDS)
-RULES.update((name, RULES[name]._replace(joins=1)) for name in attention.PRODUCTS)
+RULES.update((name, replace(RULES[name], joins=2)) for name in ENDS)
+RULES.update((name, replace(RULES[name], joins=1)) for name in attention.PRODUCTS)

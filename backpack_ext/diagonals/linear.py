@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from backpack_ext.diagonals.rule import TURNED, Diagonals, Step, call, signed
 from backpack_ext.errors import UnsupportedError
@@ -172,57 +171,66 @@ def transpose(step: Step) -> Diagonals:
 
 def mm(step: Step) -> Diagonals:
     """Cross ``A B``: ``h (B o B)^T`` and ``(A o A)^T h``; one matrix or a batch of them."""
-    return _factors(step, step.h[0], step.need, "self", "mat2")
+    n = step.node
+    return _factors(step, step.h[0], step.need, n._saved_self, n._saved_mat2)
 
 
 def addmm(step: Step) -> Diagonals:
     """Cross ``beta C + alpha A B``."""
-    return _sum_and(_factors, step, "mat1", "mat2")
+    n, (to_C, h) = step.node, _summands(step)
+    return to_C, *_factors(step, h, step.need[1:], n._saved_mat1, n._saved_mat2)
 
 
 def baddbmm(step: Step) -> Diagonals:
     """Cross ``beta C + alpha A B`` of batches of matrices."""
-    return _sum_and(_factors, step, "batch1", "batch2")
+    n, (to_C, h) = step.node, _summands(step)
+    return to_C, *_factors(step, h, step.need[1:], n._saved_batch1, n._saved_batch2)
 
 
 def mv(step: Step) -> Diagonals:
     """Cross ``A x``."""
-    return _matrix_and_vector(step, step.h[0], step.need, "self", "vec")
+    n = step.node
+    return _matrix_and_vector(step, step.h[0], step.need, n._saved_self, n._saved_vec)
 
 
 def addmv(step: Step) -> Diagonals:
     """Cross ``beta c + alpha A x``."""
-    return _sum_and(_matrix_and_vector, step, "mat", "vec")
+    n, (to_c, h) = step.node, _summands(step)
+    return to_c, *_matrix_and_vector(step, h, step.need[1:], n._saved_mat, n._saved_vec)
 
 
-def _sum_and(product: Callable[..., list[Tensor | None]], step: Step, *names: str) -> Diagonals:
-    """Cross ``beta C + alpha P`` with a product P."""
-    (h,), n, need = step.h, step.node, step.need
-    a, b = n._saved_alpha, n._saved_beta
-    first = None if not need[0] else h if b == 1 else h * b**2
-    return [first, *product(step, h if a == 1 else h * a**2, need[1:], *names)]
+def _summands(step: Step) -> tuple[Tensor, Tensor]:
+    """Return h at both summands of ``beta C + alpha P``, in the shape of the sum."""
+    (h,), a, b = step.h, step.node._saved_alpha, step.node._saved_beta
+    return h if b == 1 else h * b**2, h if a == 1 else h * a**2
 
 
-def _factors(step: Step, h: Tensor, need: Sequence[bool], left: str, right: str) -> list[Tensor | None]:
-    """Return ``h (B o B)^T`` and ``(A o A)^T h``, the latter transposed for a transposed parameter."""
-    out: list[Tensor | None] = [None, None]
+def _factors(
+    step: Step, h: Tensor, need: Sequence[bool], A: Tensor | None, B: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``h (B o B)^T`` and ``(A o A)^T h``, transposed for a transposed parameter."""
+    to_A = to_B = None
     if need[0]:
-        B2 = step.saved(right).square()
-        out[0] = F.linear(h, B2) if h.dim() == 2 else h @ B2.mT  # `linear` transposes by itself
+        B = step.lifted(B)
+        to_A = h @ (B * B).mT
+        if need[0] == TURNED:
+            to_A = to_A.mT
     if need[1]:
-        turned = h.mT @ step.saved(left).square()
-        out[1] = turned if need[1] == TURNED else turned.mT
-    return out
+        A = step.lifted(A)
+        to_B = h.mT @ (A * A)
+        if need[1] != TURNED:
+            to_B = to_B.mT
+    return to_A, to_B
 
 
 def _matrix_and_vector(
-    step: Step, h: Tensor, need: Sequence[bool], matrix: str, vector: str
-) -> list[Tensor | None]:
+    step: Step, h: Tensor, need: Sequence[bool], A: Tensor | None, x: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Return ``h (x o x)^T`` and ``(A o A)^T h``."""
-    return [
-        h[:, None] * step.saved(vector).square() if need[0] else None,
-        step.saved(matrix).square().T @ h if need[1] else None,
-    ]
+    return (
+        h[:, None] * step.lifted(x).square() if need[0] else None,
+        step.lifted(A).square().T @ h if need[1] else None,
+    )
 
 
 def dot(step: Step) -> Diagonals:

@@ -103,7 +103,7 @@ def group_norm(step: Step) -> Diagonals:
     rstd = step.saved("result2").reshape(N, G, 1, 1)
     xh = (x.reshape(shape) - step.saved("result1").reshape(N, G, 1, 1)) * rstd
     weight, h = step.saved("weight"), step.h[0].reshape(shape)
-    step = step._replace(h=(h,), g=None if step.g is None else (step.g[0].reshape(shape),))
+    step = Step(n, (h,), None if step.g is None else (step.g[0].reshape(shape),), need)
     if weight is not None:
         weight = weight.reshape(G, C // G, 1)
     return (

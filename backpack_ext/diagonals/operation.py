@@ -22,9 +22,14 @@ LEAF = -1
 # `LEAF` or `TURNED`; None where nothing is wanted.
 Edge = tuple["Operation | nn.Parameter", int]
 
+# Parameters with their diagonals, by the parameters' ids: hashing a tensor is slow.
+Results = dict[int, tuple[nn.Parameter, Tensor]]
+
+# The types of the nodes that edges to leaves, and to transposed leaves, end at.
 _LEAF = torch.zeros(1, 1, requires_grad=True)
-_ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
-_TRANSPOSE = type(_LEAF.t().grad_fn)
+ACCUMULATE = type(_LEAF.t().grad_fn.next_functions[0][0])
+TRANSPOSE = type(_LEAF.t().grad_fn)
+_SAVED = torch._C._autograd.SavedTensor
 
 
 class Operation:
@@ -76,17 +81,59 @@ class Operation:
         self.h[output] = h if old is None else old + h
 
 
-def leaf_edge(node: Node) -> Edge | bool:
-    """Return the edge that ends at a parameter; True for another tensor, False inside of the graph."""
+def leaf_edge(node: Node | None) -> Edge | bool:
+    """Return the edge that ends at a parameter.
+
+    It is True where nothing is wanted, at other tensors, and False inside of the graph.
+    """
     kind, place = type(node), LEAF
-    if kind is _TRANSPOSE:
+    if kind is TRANSPOSE:
         node, place = node.next_functions[0][0], TURNED
         kind = type(node)
-    if kind is not _ACCUMULATE:
-        return False
+    if kind is not ACCUMULATE:
+        return node is None
     p = node.variable
     # the type first: asking for instances of Parameter is slow
     return (p, place) if type(p) is nn.Parameter or isinstance(p, nn.Parameter) else True
+
+
+def collect(results: Results, edge: Edge, h: Tensor, turned: bool = False) -> None:
+    """Add h at a parameter; ``turned`` says that it comes in the layout of the parameter itself."""
+    p, place = edge
+    if place == LEAF or not turned:
+        if place == TURNED:
+            h = h.mT
+        given, shape = h.shape, p.shape
+        if given != shape:
+            if given[1:] == shape:  # a bias; faster
+                h = h.squeeze(0) if given[0] == 1 else h.sum(0)
+            else:
+                h = h.sum_to_size(shape)
+    key = id(p)
+    results[key] = p, (results[key][1] + h if key in results else h)
+
+
+# For each type of node the names of tensors that it saves.
+_saves: dict[type, tuple[str, ...]] = {}
+
+
+def has_hooks(node: Node) -> bool:
+    """Whether saved tensors are unpacked by a hook, as under activation checkpointing."""
+    kind = type(node)
+    names = _saves.get(kind)
+    if names is None:
+        names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in names:
+        saved = getattr(node, name)
+        if type(saved) is not _SAVED:  # a custom autograd.Function, for instance, has a tuple of them
+            saved = next(iter(saved or ()), None)
+        if saved is not None:
+            if saved.unpack_hook is not None:
+                return True
+            # one hook packs all of them, or none does; but this one may have been left out
+            if name is not names[-1] and saved.data is not None:
+                return False
+    return False
 
 
 def shape_of(edge: Edge) -> torch.Size:

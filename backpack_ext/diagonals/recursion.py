@@ -12,19 +12,19 @@ the main backward pass executes them, and what they saved is still there.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack_ext.diagonals.arrival import Arrival
 from backpack_ext.diagonals.attention import attention_of, attention_scores
+from backpack_ext.diagonals.chain import Chain, Place
 from backpack_ext.diagonals.composite import composite_of
 from backpack_ext.diagonals.crossing import cross_terms
-from backpack_ext.diagonals.operation import Edge, Operation, leaf_edge
+from backpack_ext.diagonals.operation import Edge, Operation, Results, collect, has_hooks, leaf_edge
 from backpack_ext.diagonals.rule import (
     TURNED,
     DiagonalRule,
@@ -38,64 +38,23 @@ from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.diagonals.unknown import by_signs, check_known
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.own_pass import in_a_pass_of_its_own
-from backpack_ext.sweep import Receiver
+from backpack_ext.quiet import Quiet
 from curvature.decomposition import widen
 
+if TYPE_CHECKING:
+    from backpack_ext.hesscale import DiagonalHessian
+
 _ANY = DiagonalRule(lambda step: step.h)
-
-
-class Arrival:
-    """A hook on a node that hands the gradients at its outputs to the recursion.
-
-    The node owns it, so it holds neither the node nor, strongly, the recursion.
-    """
-
-    __slots__ = ("recursion",)
-
-    def __init__(self, recursion: weakref.ref[Recursion]):
-        self.recursion = recursion
-
-    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
-        """Go on from here."""
-        if Receiver.active is not None:  # a nested pass
-            return
-        recursion = self.recursion()
-        if recursion is not None:
-            recursion.arrive(torch._C._current_autograd_node(), grads)
-
-
-class Link(NamedTuple):
-    """An operation that is part of a chain.
-
-    Args:
-        node: Its node.
-        rule: Its rule.
-        inputs: Where its inputs come from.
-        onward: The one that is no parameter; None at the end of the chain.
-        h: The diagonal at its output.
-        curved: Whether it waits for the gradient there.
-    """
-
-    node: Node
-    rule: DiagonalRule
-    inputs: list[tuple[Node | nn.Parameter, int] | None]
-    onward: tuple[Node, int] | None
-    h: Tensor
-    curved: bool
 
 
 class Recursion:
     """The Hessian diagonals of one extension in one backward pass.
 
     Args:
-        gauss_newton: Whether second derivatives are left out.
-        signs: Returns random signs shaped like a tensor.
-        warn: Called with the name of an operation that is crossed by random signs.
-        refuse: Whether to raise where such an operation has a second derivative.
+        ext: The extension.
         observe: Called with a node, h and, if needed, g at its outputs, before it is crossed.
         keep: Whether the graph outlives the pass, so that hooks have to be removed.
-        quiet: Given a device type, a context without gradients and autocast.
-        cross_terms: Whether additions get their cross terms.
+        quiet: Makes contexts without gradients and autocast.
 
     Attributes:
         results: The parameters and their diagonals, by the parameters' ids.
@@ -103,28 +62,19 @@ class Recursion:
 
     def __init__(
         self,
-        gauss_newton: bool,
-        signs: Callable[[Tensor], Tensor],
-        warn: Callable[[str], None],
-        refuse: bool,
+        ext: DiagonalHessian,
         observe: Callable[[Node, dict[int, Tensor], Diagonals | None], None] | None,
         keep: bool,
-        quiet: Callable[[str], AbstractContextManager],
-        cross_terms: bool = False,
+        quiet: Quiet,
     ):
-        self.gauss_newton, self.signs, self.warn, self.refuse = gauss_newton, signs, warn, refuse
-        self.observe, self.keep, self.cross_terms = observe, keep, cross_terms
-        self.quiet = quiet
+        self.ext, self.observe, self.quiet = ext, observe, quiet
         self.operations: dict[Node, Operation] = {}
-        # by id: hashing a tensor is slow
-        self.results: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self.results: Results = {}
+        self.arrival = Arrival(self, keep)
+        self.chain = Chain(ext.gauss_newton, self.arrival, self.results)
         self.ready: list[Operation] = []
-        self.held: dict[Node, Link] = {}  # where chains wait for gradients
-        self.passed: set[Node] = set()  # nodes of chains
-        self.handles: list = []
         self.watched: set[Node] = set()  # where gradients are needed for other reasons
         self.inside: set[Node] = set()  # nodes of composites
-        self.arrival = Arrival(weakref.ref(self))
         self.left = 0  # inputs of operations that are parameters and have got nothing yet
         self.hooked = False  # do saved tensors come from hooks (activation checkpointing)?
 
@@ -137,10 +87,16 @@ class Recursion:
             seeds: Edges, each with the diagonal of the loss's Hessian there.
         """
         if len(seeds) == 1 and self.observe is None:
-            (edge, h), *_ = seeds
-            self._follow(edge.node, edge.output_nr, h)
+            ((edge, h),) = seeds
+            self._follow((edge.node, edge.output_nr, h))
         else:
             self._start(seeds)
+
+    def _follow(self, place: Place) -> None:
+        place = self.chain.follow(place, self.operations)
+        if place is not None:
+            node, output, h = place
+            self._start([(GradientEdge(node, output), h)])
 
     def _start(self, seeds: Sequence[tuple[GradientEdge, Tensor]]) -> None:
         new: list[Operation] = []
@@ -150,7 +106,7 @@ class Recursion:
             if not leaf:
                 starts.append((self._explore(edge.node, new), edge.output_nr, h))
             elif leaf is not True:
-                self._collect(leaf, h)
+                collect(self.results, leaf, h)
         for op, _, _ in starts:
             if op.inside:
                 self._dissolve(op)
@@ -168,10 +124,12 @@ class Recursion:
     def arrive(self, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradients at the outputs of an operation that the main pass is about to execute."""
         g = grads[0]
-        link = self.held.pop(node, None)
-        if link is not None:
-            with self.quiet("cpu" if g is None else g.device.type):
-                self._on(link, None if g is None else grads)
+        held = self.chain.held.pop(node, None)
+        if held is not None:
+            with self.quiet(g):
+                place = self.chain.cross(*held, None if g is None else grads)
+                if place is not None:
+                    self._follow(place)
             return
         op = self.operations.get(node)
         if op is None or op.inside or op.done:
@@ -183,97 +141,22 @@ class Recursion:
                 "a defect of backpack_ext, please report it."
             )
         self.ready.append(op)
-        with self.quiet("cpu" if g is None else g.device.type):
+        with self.quiet(g):
             self.run()
 
     def end(self) -> None:
         """Let go of hooks; check that nothing is missing."""
-        for handle in self.handles:
-            handle.remove()
-        left = list(self.held)
+        self.arrival.remove()
+        left = list(self.chain.held)
         if self.left:
             left += [node for node, op in self.operations.items() if not (op.done or op.inside)]
         left = [node.name() for node in left if torch._C._will_engine_execute_node(node)]
-        self.operations, self.watched, self.held, self.passed = {}, set(), {}, set()
+        self.operations, self.watched, self.chain.held, self.chain.passed = {}, set(), {}, set()
         if left:
             raise RecordingError(
                 f"Hessian diagonals: no gradient arrived at the output of {left[0]}, although the loss "
                 "depends on it. An operation behind it returned none (a custom autograd.Function?)."
             )
-
-    # ------------------------------------------------------------------ chains
-
-    def _follow(self, node: Node, output: int, h: Tensor) -> None:
-        """Carry h along a chain of operations, as far as that is one.
-
-        Where every operation reads one other, nothing can join, and nothing has to be known in advance:
-        the graph is looked at as h moves on. This is most of the speed of small networks.
-        """
-        while True:
-            link = None if node in self.operations or output else self._link(node, h)
-            if link is None:
-                self._start([(GradientEdge(node, output), h)])
-                return
-            self.passed.add(node)
-            if link.curved:
-                held = self.held.get(node)
-                if held is None:
-                    handle = node.register_prehook(self.arrival)
-                    if self.keep:
-                        self.handles.append(handle)
-                else:
-                    link = link._replace(h=held.h + h)
-                self.held[node] = link
-                return
-            if (onward := self._beyond(link, None)) is None:
-                return
-            node, output, h = onward
-
-    def _on(self, link: Link, grads: Diagonals | None) -> None:
-        onward = self._beyond(link, grads)
-        if onward is not None:
-            self._follow(*onward)
-
-    def _link(self, node: Node, h: Tensor) -> Link | None:
-        """Return an operation of a chain; None if it is no such."""
-        rule, inputs, onward = rule_of(node), [], None
-        if rule is None or rule.several or _has_hooks(node):
-            return None
-        for child, output in node.next_functions:
-            edge = None
-            if child is not None:
-                edge = leaf_edge(child)
-                if edge is True:
-                    edge = None
-                elif edge is False:
-                    if onward is not None:
-                        return None
-                    edge = onward = (child, output)
-            inputs.append(edge)
-        if rule.may_join(inputs):
-            return None
-        curved = not self.gauss_newton and rule.curves(inputs)
-        return Link(node, rule, inputs, onward, h, curved)
-
-    def _beyond(self, link: Link, grads: Diagonals | None) -> tuple[Node, int, Tensor] | None:
-        """Cross an operation of a chain; return what follows."""
-        node, rule, inputs, onward, h, _ = link
-        found = None
-        for edge, t in zip(inputs, rule.cross(Step(node, (h,), grads, _need(inputs))), strict=False):
-            if edge is None or t is None:
-                continue
-            if edge[1] < 0:
-                self._collect(edge, t, rule.turns)
-            else:
-                found = t
-        if onward is None:
-            return None
-        child, output = onward
-        if found is None:  # no curvature is left, but there may be some behind
-            return child, output, h.new_zeros(child._input_metadata[output].shape)
-        if not rule.shaped and found.shape != (shape := child._input_metadata[output].shape):
-            found = found.sum_to_size(shape)
-        return child, output, found
 
     # ------------------------------------------------------------------ the graph
 
@@ -316,9 +199,9 @@ class Recursion:
 
     def _operation(self, node: Node) -> Operation:
         op = self.operations[node] = Operation(node, rule_of(node))
-        link = self.held.pop(node, None)
-        if link is not None:  # an earlier loss's chain waits here
-            op.add(0, link.h)
+        held = self.chain.held.pop(node, None)
+        if held is not None:  # an earlier loss's chain waits here
+            op.add(0, held[1])
             op.watched = op.seeded = True
         return op
 
@@ -329,11 +212,11 @@ class Recursion:
         for op in joins:
             if op.inside:
                 continue
-            op.composite = composite_of(op, self.gauss_newton)
+            op.composite = composite_of(op, self.ext.gauss_newton)
             if op.composite is not None:
                 self.inside.add(op.node)
                 for inner in op.composite.inside:
-                    inner.inside = not self.gauss_newton
+                    inner.inside = not self.ext.gauss_newton
                     self.inside.add(inner.node)
             else:
                 op.attention = attention_of(op)
@@ -342,10 +225,10 @@ class Recursion:
                 continue
             if op.rule is None:
                 check_known(op.node)
-                self.warn(op.name)
-            if not self.hooked and _has_hooks(op.node):
+                self.ext.warn(op.name)
+            if not self.hooked and has_hooks(op.node):
                 self.hooked = True
-            if not self.gauss_newton:
+            if not self.ext.gauss_newton:
                 self._watch(op)
 
     def _watch(self, op: Operation) -> None:
@@ -353,9 +236,7 @@ class Recursion:
         curved = op.composite is not None or op.rule is None or op.rule.curves(op.inputs)
         if (curved or op.node in self.watched) and not op.watched:
             op.watched = True
-            handle = op.node.register_prehook(self.arrival)
-            if self.keep:
-                self.handles.append(handle)
+            self.arrival.bring(op.node)
 
     def _reopen(self, op: Operation) -> None:
         """Have an operation crossed once more, by what a further loss brings."""
@@ -448,11 +329,11 @@ class Recursion:
             softmax.extra = found if softmax.extra is None else softmax.extra + found
             step.need[op.attention.entry] = False
         if op.rule is None:
-            out = by_signs(step, self.signs, self.refuse)
+            out = by_signs(step, self.ext.signs, self.ext.refuses_curved_glue)
         else:
             out = op.rule.cross(step)
-        if self.cross_terms and op.rule is not None and op.rule.adds:
-            for edge, t in cross_terms(op, hs[0], self.signs):
+        if self.ext.cross_terms and op.rule is not None and op.rule.adds:
+            for edge, t in cross_terms(op, hs[0], self.ext.signs):
                 if edge[1] < 0 and self.observe is not None:
                     raise UnsupportedError(
                         "cross_terms=True with batch=True: two branches that are added up read one "
@@ -488,7 +369,7 @@ class Recursion:
         if place < 0:
             self.left -= reads
             if h is not None:
-                self._collect(edge, h, turned)
+                collect(self.results, edge, h, turned)
             return
         if h is not None:
             if not shaped and h.shape != (shape := target.node._input_metadata[place].shape):
@@ -498,20 +379,6 @@ class Recursion:
         if not target.waiting and reads:
             self.ready.append(target)
 
-    def _collect(self, edge: Edge, h: Tensor, turned: bool = False) -> None:
-        """Add h at a parameter; ``turned`` says that it comes in the layout of the parameter itself."""
-        p, place = edge
-        if place == TURNED and not turned:
-            h = h.mT
-        given, shape = h.shape, p.shape
-        if given != shape:
-            if len(shape) == 1 and len(given) == 2 and given[1] == shape[0]:  # a bias; faster
-                h = h.squeeze(0) if given[0] == 1 else h.sum(0)
-            else:
-                h = h.sum_to_size(shape)
-        old = self.results.get(id(p))
-        self.results[id(p)] = (p, h if old is None else old[1] + h)
-
 
 def _made(op: Operation) -> int:
     return op.node._sequence_nr()
@@ -520,22 +387,3 @@ def _made(op: Operation) -> int:
 def _need(inputs: Sequence[Edge | None]) -> list[bool]:
     """Return for which inputs of an operation h is wanted, as in `Step`."""
     return [edge is not None and (edge[1] != TURNED or TURNED) for edge in inputs]
-
-
-# For each type of node the names of tensors that it saves.
-_saves: dict[type, tuple[str, ...]] = {}
-
-
-def _has_hooks(node: Node) -> bool:
-    """Whether a saved tensor is unpacked by a hook, as under activation checkpointing."""
-    kind = type(node)
-    names = _saves.get(kind)
-    if names is None:
-        names = _saves[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
-    for name in names:
-        raw = getattr(node, name)
-        if isinstance(raw, (list, tuple)):  # of a custom autograd.Function, for instance
-            raw = next((r for r in raw if r is not None), None)
-        if raw is not None:
-            return getattr(raw, "unpack_hook", None) is not None
-    return False

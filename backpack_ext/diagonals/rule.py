@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ Diagonals = Sequence[Tensor | None]
 TURNED = -2
 
 
-class Step(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Step:
     """One operation F on the way of the recursion.
 
     Args:
@@ -45,8 +46,9 @@ class Step(NamedTuple):
     def lifted(self, t: Tensor) -> Tensor:
         """Return a tensor in the data type of h, if its own is another floating one."""
         h = self.h[0]
-        dtype = self.dtype if h is None else h.dtype
-        return t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
+        if (h is not None and t.dtype == h.dtype) or not t.is_floating_point():
+            return t
+        return t.to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +63,8 @@ class Step(NamedTuple):
         return g if g is None or g.dtype == self.h[0].dtype else g.to(self.h[0].dtype)
 
 
-class DiagonalRule(NamedTuple):
+@dataclass(slots=True, eq=False)
+class DiagonalRule:
     r"""How a Hessian diagonal crosses an operation F.
 
     .. math::  h^{in}_j = \sum_i J_{ij}^2 h_i + \sum_i g_i \frac{\partial^2 F_i}{\partial x_j^2}
@@ -147,18 +150,18 @@ def register_diagonal_rule(
 
 
 # Rules by type of node, filled as operations are met. Some types are shared by several operations.
-found: dict[type, DiagonalRule | None] = {}
+found: dict[type, DiagonalRule] = {}
 _SHARED = "CppFunction"
 
 
 def rule_of(node: Node) -> DiagonalRule | None:
     """Return the rule of a node; None if it has none."""
     kind = type(node)
-    if kind in found:
-        return found[kind]
-    rule = RULES.get(node.name())
-    if kind.__name__ != _SHARED:
-        found[kind] = rule
+    rule = found.get(kind)
+    if rule is None:
+        rule = RULES.get(node.name())
+        if kind.__name__ != _SHARED and rule is not None:
+            found[kind] = rule
     return rule
 
 

@@ -1,0 +1,356 @@
+"""The layers' part in a backward pass: taps at their outputs, sweeps, what extensions make of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from backpack_ext.bare import add_bare
+from backpack_ext.check import check_layers
+from backpack_ext.coverage import check_coverage
+from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.extension import Extension
+from backpack_ext.graph import Reach, walk
+from backpack_ext.layout import Layout
+from backpack_ext.loss_call import LossCall
+from backpack_ext.loss_scale import LossScale
+from backpack_ext.pending import Pending
+from backpack_ext.quiet import Quiet
+from backpack_ext.rules.base import Rule
+from backpack_ext.sharing import sharing, sharing_of
+from backpack_ext.site import Site
+from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
+from backpack_ext.unit import Unit
+
+
+class LayerPass(Receiver):
+    """What the extensions that ask for layers have accumulated so far in one backward pass.
+
+    It receives what the main backward pass itself brings to the layers' outputs.
+
+    Args:
+        extensions: Our active extensions.
+        stores: What each of them accumulates.
+        scale: That of the losses.
+        keep: Whether the graph outlives the pass.
+        quiet: Makes contexts without gradients and autocast.
+        publish: Whether the results go to the parameters, instead of to a sink.
+    """
+
+    def __init__(
+        self,
+        extensions: tuple[Extension, ...],
+        stores: dict[Extension, dict],
+        scale: LossScale,
+        keep: bool,
+        quiet: Quiet,
+        publish: bool,
+    ):
+        super().__init__({})
+        self.extensions, self.stores, self.scale = extensions, stores, scale
+        self.keep, self._quiet, self.publish = keep, quiet, publish
+        self.main = [
+            e for e in extensions if e.vectors.kind in ("gradient", "none") or e.vectors.gradient
+        ]
+        # whether inputs are needed until the end
+        self.holds = keep or any(e.vectors.kind == "diagonal" and e.batch for e in extensions)
+        self.nodes: list[Collection[Node]] = []  # visited by walks
+        self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
+        self.expected: dict[Site, bool] = {}  # has the gradient passed?
+        self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
+        self.pending = Pending()
+        self.handles: list = []
+
+    # ------------------------------------------------------------------ events
+
+    def loss(self, call: LossCall, grad: Tensor) -> None:
+        """Walk the graph behind a loss, tap the layers, run the sweeps that were asked for."""
+        seeds = [e for e in self.extensions if e.vectors.kind in ("exact", "mc")]
+        scaled = [e for e in self.extensions if e.needs_scale]
+        reach = walk(call.start.node)
+        batch = self._batch(call.label, reach)
+        call.sharing, layout = self._sharing(reach, call.label), None
+        if call.sharing is not None:
+            with suppress(UnsupportedError):  # `fisher="exact"` will say why
+                layout = call.layout(batch)
+        elif (reach.sites or reach.whole) and call.z.shape[:1].numel() % batch == 0:
+            layout = call.layout(batch)
+        with self._quiet(call.z):
+            add_bare(reach, call.start, layout, call.z, self.bare)
+        self._check_reach(reach)
+        if seeds or scaled or not self.publish:
+            call.check()
+            self.scale.note(call, grad, scaled)
+        for site in reach.sites:
+            self.unscaled.pop(site, None)
+        self._tap(reach)
+        self._check_layers(call.start, reach, layout, call.z, call.sharing, call.gradient)
+        for group in _by_sweep(seeds):
+            self._sweep(call, reach, batch, group)
+
+    def output(self, node: Node, grad: Tensor) -> None:
+        """Tap the layers behind a model's output, unless a loss has done so.
+
+        The loss may still come: a model that computes its loss inside has both among its outputs.
+        """
+        if any(node in nodes for nodes in self.nodes):
+            return
+        reach = walk(node)
+        # hooks on tensors know the node but not which of its outputs; only the first is checked
+        layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
+        batch = self._batch("the model's output", reach)
+        known = next(iter(reach.sites), reach.whole)
+        context = self._sharing(reach, "the model's output")
+        if known is not None and first and grad.dim():
+            axis, segments = min(known.batch_axis, 1), None
+            with suppress(UnsupportedError):  # rows that cannot be told apart by datum
+                if context is not None:
+                    segments = context.of_loss(grad.shape[0], batch, axis)
+                layout = Layout(grad.shape, batch, axis, None, segments)
+        with self._quiet(grad):
+            add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
+        self._check_reach(reach)
+        self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
+        self._tap(reach)
+        if first:
+            self._check_layers(GradientEdge(node, 0), reach, layout, grad, context, lambda: grad)
+
+    def remove(self) -> None:
+        """Let go of hooks that would outlive the pass."""
+        for handle in self.handles:
+            handle.remove()
+
+    def finish(self) -> None:
+        """Hand over what waits, and check that nothing is missing."""
+        for ext in self.extensions:
+            if self.unscaled and (ext.vectors.kind in ("exact", "mc") or ext.needs_scale):
+                raise RecordingError(
+                    f"{type(ext).__name__} needs the loss, but the gradient reached "
+                    f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
+                    "loss module with backpack_ext.extend, or tie a scalar that no module computes "
+                    "to a loss with backpack_ext.attach_loss."
+                )
+        self._flush(self.main, self.pending)
+        missing = [site.label for site, passed in self.expected.items() if not passed]
+        if missing and self.main:
+            raise missing_cotangents(missing)
+
+    def release(self) -> None:
+        """Let go of inputs that nothing will ask for any more."""
+        for site in self.bare.values():  # another pass makes its own
+            site.release()
+        if not self.keep:
+            for site in self.expected:
+                site.release()
+
+    @property
+    def modules(self) -> dict[nn.Module, None]:
+        """The modules that were reached."""
+        return dict.fromkeys(site.module for site in self.expected)
+
+    # ------------------------------------------------------------------ checks
+
+    def _batch(self, start: str, reach: Reach) -> int:
+        """Return the batch size that all layers agree on."""
+        self.nodes.append(reach.nodes)
+        batches = {site.batch: site for sites in (self.sites, reach.sites) for site in sites}
+        if len(batches) > 1:
+            found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
+            raise RecordingError(
+                f"The layers behind {start} disagree about the batch size ({found}). It is the "
+                "leading size of the first tensor that the outermost extended module is called with: "
+                "extend the whole model, not its parts, and call the whole model, with a tensor. If "
+                "another argument counts the data, name it: extend(model, batch_argument=NAME)."
+            )
+        batch = next(iter(batches), 1 if reach.whole is None else reach.whole.batch)
+        if batch == 0:
+            raise empty_batch(start)
+        return batch
+
+    def _sharing(self, reach: Reach, start: str) -> sharing | None:
+        """Return the `sharing` block of the forward pass, if in one."""
+        if reach.sites or reach.whole is None:
+            return sharing_of(reach.sites, start)
+        return reach.whole.block
+
+    def _check_layers(
+        self,
+        start: GradientEdge,
+        reach: Reach,
+        layout: Layout | None,
+        like: Tensor,
+        context: sharing | None,
+        gradient: Callable[[], Tensor],
+    ) -> None:
+        """Check layers that are new; what turns out to be no layer is left to autograd."""
+        if not reach.sites:
+            return
+        masked = context is not None and context.kind == "mask"
+        with self._quiet(like):
+            again = check_layers(start, reach, layout, like, gradient if masked else None)
+            if again:
+                add_bare(reach, start, layout, like, self.bare)
+        if again:
+            self._check_reach(reach)
+            self._tap(reach)
+
+    def _check_reach(self, reach: Reach) -> None:
+        """Check what a loss or output depends on."""
+        for ext in self.extensions:
+            if not ext.needs_layers:
+                continue
+            check_coverage(ext, reach.sites, reach.parameters)
+            if reach.coupled and ext.needs_independent_samples:
+                raise UnsupportedError(
+                    f"{type(ext).__name__} needs vectors that depend on one datum each, but the "
+                    "model contains a batch norm in training mode, which couples the data of a "
+                    "batch. Call eval() on the batch norm modules, or use another norm."
+                )
+
+    def _tap(self, reach: Reach) -> None:
+        """Place taps on the Sites' outputs, and note which of them the gradient will pass."""
+        tapped, ref = self.sites, weakref.ref(self)
+        for site, captures in reach.sites.items():
+            if site in tapped:
+                if site.broadcast and len(captures) != len(tapped[site]):
+                    raise UnsupportedError(
+                        f"{site.label}: its output is shared by all data and reaches two losses of "
+                        "one backward pass in different ways. Use one backward pass per loss."
+                    )
+                continue
+            tapped[site] = captures
+            for capture in captures:
+                node = capture.edge.node
+                handle = node.register_prehook(Tap(site, capture, ref))
+                if self.keep:
+                    self.handles.append(handle)
+            if torch._C._will_engine_execute_node(captures[0].edge.node):
+                self.expected[site] = False
+
+    # ------------------------------------------------------------------ vectors
+
+    def _sweep(self, call: LossCall, reach: Reach, batch: int, group: list[Extension]) -> None:
+        """Run one sweep for all extensions that share its vectors."""
+        first = group[0]
+        with self._quiet(call.z):
+            if first.vectors.kind == "mc":
+                count, generator = first.vectors.samples, first.generator(call.z.device)
+                size = sqrt(self.scale.value / count)
+
+                def columns(a: int, b: int) -> Tensor:
+                    return torch.stack([size * call.sample(generator) for _ in range(a, b)])
+
+            else:
+                count = call.columns(batch)
+                for ext in group:
+                    _check_columns(ext, count)
+                size = sqrt(self.scale.value)
+
+                def columns(a: int, b: int) -> Tensor:
+                    return size * call.exact(batch, a, b)
+
+            pending = Pending()
+            sweep(
+                call.start,
+                reach,
+                columns,
+                count,
+                partial(self._deliver, group, pending),
+                partial(self._flush, group, pending),
+            )
+
+    def deliver(self, site: Site, g: Tensor) -> None:
+        """Take the main backward's own gradient at a layer's output."""
+        self.expected[site] = True
+        if self.main:
+            if self.scale.multiplier != 1:
+                g = g / self.scale.multiplier
+            self._deliver(self.main, self.pending, site, g)
+        elif not self.holds and not site.shared:
+            site.release()
+
+    def _deliver(self, extensions, pending: Pending, site: Site, g: Tensor) -> None:
+        """Hand a Site's vectors over at once, or keep them to be joined with others."""
+        if site.error is not None:
+            return  # reported by check_coverage
+        if site.shared:
+            pending.shared.append((site, g))
+        elif pending.add_small(site, g):
+            if pending.full:
+                self._flush_small(extensions, pending)
+        else:
+            layers = [([site], [g])]
+            self._absorb(extensions, layers)
+            self._release(extensions, layers)
+
+    def _flush(self, extensions, pending: Pending) -> None:
+        """Absorb what is pending: the calls of one layer together, then layers of equal shape."""
+        self._flush_small(extensions, pending)
+        for sites, gs in pending.take_shared():
+            self._absorb(extensions, [(sites, gs)])
+        for ext in extensions:
+            ext.settle(self.stores[ext])
+
+    def _flush_small(self, extensions, pending: Pending) -> None:
+        for layers in pending.take_small():
+            self._absorb(extensions, layers)
+            self._release(extensions, layers)
+
+    def _absorb(self, extensions, layers: list[tuple[list[Site], list[Tensor]]]) -> None:
+        """Hand layers of equal shape, each with its calls and their vectors, to the extensions."""
+        site = layers[0][0][0]
+        scale = self.scale.value
+        units: dict[Rule, list[Unit]] = {}
+        with self._quiet(layers[0][1][0]):
+            for ext in extensions:
+                rule = ext.rule_for(site.module, site.rule)
+                if rule is None:
+                    continue  # reported by check_coverage
+                if rule not in units:
+                    units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
+                    if len(extensions) > 1 and sum(other.forms_grads for other in extensions) > 1:
+                        for unit in units[rule]:
+                            unit.keeps_grads = True
+                if self.publish:
+                    # an old result makes room for the new one: less memory, and none of it fresh
+                    for unit in units[rule]:
+                        for p in unit.parameters.values():
+                            p.__dict__.pop(ext.savefield, None)
+                if extensions is self.main and ext.vectors.gradient:
+                    ext.absorb_gradient(self.stores[ext], units[rule])
+                else:
+                    ext.absorb_all(self.stores[ext], units[rule])
+
+    def _release(self, extensions, layers) -> None:
+        """Let go of the inputs of calls that nothing will ask for any more."""
+        if extensions is self.main and not self.holds:
+            for sites, _ in layers:
+                sites[0].release()
+
+
+def empty_batch(start: str) -> ValueError:
+    """Return the error for a batch without data."""
+    return ValueError(f"The batch behind {start} is empty; there is nothing to compute.")
+
+
+def _by_sweep(extensions: list[Extension]) -> list[list[Extension]]:
+    groups: dict[tuple, list[Extension]] = {}
+    for ext in extensions:
+        groups.setdefault(ext.sweep_key(), []).append(ext)
+    return list(groups.values())
+
+
+def _check_columns(ext: Extension, count: int) -> None:
+    if count > ext.max_columns:
+        raise ValueError(
+            f'{type(ext).__name__}: fisher="exact" needs {count} columns per datum (those of a '
+            f"position times positions), more than max_columns={ext.max_columns}. Use "
+            'fisher="mc", or raise max_columns if you can wait.'
+        )

@@ -1,0 +1,56 @@
+"""The scale of the losses of one backward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from backpack_ext.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from backpack_ext.extension import Extension
+    from backpack_ext.loss_call import LossCall
+
+
+class LossScale:
+    """``r c``: a loss's reduction, and the factor that it enters the total with.
+
+    Args:
+        multiplier: The factor of a ``grad_scaler``, which does not count.
+        collected: Whether results are collected over a data set, which wants one scale.
+    """
+
+    __slots__ = ("collected", "known", "multiplier", "value")
+
+    def __init__(self, multiplier: float, collected: bool):
+        self.multiplier, self.collected = multiplier, collected
+        self.value, self.known = 1.0, False
+
+    def note(self, call: LossCall, grad: Tensor, scaled: list[Extension]) -> None:
+        """Record that of a loss.
+
+        Args:
+            call: The loss.
+            grad: The gradient at its value.
+            scaled: The extensions that divide by the scale.
+
+        Raises:
+            ValueError: If c is negative.
+            UnsupportedError: If losses of different scale meet where it is divided by.
+        """
+        c = float(grad) / self.multiplier
+        if c < 0:
+            raise ValueError(
+                f"{call.label} enters the total with the negative factor {c:g}: its curvature would "
+                "be negative and has no real root. Give it a positive factor."
+            )
+        scale = call.scale() * c
+        same = not self.known or abs(scale - self.value) <= 1e-6 * max(scale, self.value)
+        if (scaled or self.collected) and not same:
+            what = f"{type(scaled[0]).__name__} with empirical vectors" if scaled else "dataset.collect"
+            raise UnsupportedError(
+                f"{what} divides by the scale of the loss, but this backward pass has losses of "
+                f"scale {self.value:g} and {scale:g}. Use one pass per loss, or equal scales."
+            )
+        self.value, self.known = scale, True
