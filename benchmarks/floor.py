@@ -167,12 +167,24 @@ class Layer:
 
     def dots(self) -> list[Product]:
         """Pairwise dot products of the per-sample gradients, the cheaper of two ways."""
+        return self.gram(1)
+
+    def gram(self, V: int) -> list[Product]:
+        """Pairwise dot products of V per-sample vectors per datum, the cheaper of two ways."""
         rows = self.N * self.S
-        gram = [MatMul(1, rows, d, rows, "nt") for d in (self.i, self.o)]
+        kernel = [
+            MatMul(1, rows, self.i, rows, "nt"),
+            MatMul(1, V * rows, self.o, V * rows, "nt"),
+        ]
         if self.S == 1:
-            return gram
-        explicit = [*self.per_sample(), MatMul(1, self.N, self.o * self.i, self.N, "nt")]
-        return min(gram, explicit, key=total_flops)
+            return kernel
+        columns = V * self.N
+        explicit = [*self.per_sample(V), MatMul(1, columns, self.o * self.i, columns, "nt")]
+        return min(kernel, explicit, key=total_flops)
+
+    def combined(self, k: int) -> list[Product]:
+        """Form k combinations of the per-sample vectors, as k gradients."""
+        return [MatMul(k, self.o, self.N * self.S, self.i, "tn")]
 
     def first_order(self) -> list[Product]:
         """Norms, dots and second moments of the per-sample gradients, formed once for all of them."""

@@ -152,11 +152,11 @@ def _sines(tokens: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _mlp() -> nn.Module:
+def _mlp(width: int = 512, classes: int = CLASSES) -> nn.Module:
     return nn.Sequential(
-        *(nn.Linear(784, 512), nn.ReLU()),
-        *(nn.Linear(512, 512), nn.ReLU()),
-        nn.Linear(512, CLASSES),
+        *(nn.Linear(784, width), nn.ReLU()),
+        *(nn.Linear(width, width), nn.ReLU()),
+        nn.Linear(width, classes),
     )
 
 
@@ -238,6 +238,26 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
         rows=DIAGONALS,
     ),
 }
+
+
+def mlp(N: int, width: int = 512, classes: int = CLASSES, device: str = "cpu") -> Problem:
+    """Return an MLP with two hidden layers, and a batch of N data."""
+    about = f"MLP 784-{width}-{width}-{classes}, ReLU, batch {N}"
+    make = _problem("mlp", "MLP", about, lambda: _mlp(width, classes), (N, 784), classes=classes)
+    return make(device)
+
+
+def cnn(N: int, device: str = "cpu") -> Problem:
+    """Return the CNN with a batch of N data."""
+    about = f"three convolutions 3x3 (32, 64, 64), ReLU, max-pool, head; 3x32x32, batch {N}"
+    return _problem("cnn", "CNN", about, _cnn, (N, 3, 32, 32))(device)
+
+
+def vit(N: int, device: str = "cpu") -> Problem:
+    """Return the small vision transformer with a batch of N data."""
+    about = f"ViT, 4 blocks of width 64, 4 heads, 64 patches of 3x32x32, batch {N}"
+    make = _problem("vit", "ViT", about, lambda: ViT(32, 4, 64, 4, 4), (N, 3, 32, 32), False)
+    return make(device)
 
 
 def deep_vit(depth: int, device: str = "cpu", quick: bool = False) -> Problem:
