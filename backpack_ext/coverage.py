@@ -12,15 +12,6 @@ from backpack_ext.extension import Extension
 from backpack_ext.site import Site, roots
 
 
-def parameter_paths() -> dict[int, str]:
-    """Return the paths of all parameters of the models that were called, by id, in the models' order."""
-    found: dict[int, str] = {}
-    for model in roots:
-        for path, p in model.named_parameters():
-            found.setdefault(id(p), path)
-    return found
-
-
 def check_coverage(
     ext: Extension, sites: Collection[Site], parameters: Mapping[int, nn.Parameter]
 ) -> None:

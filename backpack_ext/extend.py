@@ -221,7 +221,7 @@ class RootHook(Hook):
             listed = first is not None and first.dim() == 1 and not first.is_floating_point()
             listed = listed and self.argument is None
             stack.append(_Running(module, batch, recording(), tying(), listed))
-            roots.add(module)
+            roots.setdefault(module)
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:
         """End it."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -215,6 +216,29 @@ class Extension(BackpropExtension):
     def needs_scale(self) -> bool:
         """Whether units need their ``scale`` although no sweep was asked for."""
         return False
+
+
+def check_indices(owner: str, name: str, values: Iterable[int]) -> list[int]:
+    """Return indices as a list.
+
+    Args:
+        owner: Who asks, for messages.
+        name: The argument's name.
+        values: Integers, negative ones too; a sequence or tensor.
+
+    Raises:
+        ValueError: If there are none, or some are no integers (a mask, say).
+    """
+    message = f"{owner}: {name}={values!s:.80}; expected a sequence of indices, not empty."
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(message)
+    found = values.tolist() if isinstance(values, Tensor) else list(values)
+    if not isinstance(found, list) or not found or any(isinstance(k, (bool, float)) for k in found):
+        raise ValueError(message)
+    try:
+        return [index(k) for k in found]
+    except TypeError:
+        raise ValueError(message) from None
 
 
 def check_samples(owner: str, mc_samples: int) -> None:

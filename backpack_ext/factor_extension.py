@@ -22,8 +22,8 @@ class FactorExtension(Extension):
     """
 
     max_memory: float = float("inf")
-    # whether to note a number in ``"mark"`` by which another pass over the same data is recognised
-    marks = False
+    # whether to note numbers in ``"marks"`` by which another pass over the same data is recognised
+    marked = False
 
     def selection(self, batch: int) -> Selection:
         """Return which columns to keep of a batch of that size, and their factor."""
@@ -39,31 +39,33 @@ class FactorExtension(Extension):
         columns.data, columns.scale = self.selection(unit.batch)
         if self.needs_scale:
             columns.scale *= 1 / sqrt(unit.scale) if unit.scale else 0.0
-        if self.marks:
-            mark = sum(float(g.abs().sum(dtype=torch.float64)) for g in unit.cotangents)
-            store["mark"] = store.get("mark", 0.0) + mark
-        self._add(store, columns, unit)
+        self._add(store, "columns", unit)
 
     def absorb_gradient(self, store: dict, units: list[Unit]) -> None:
         """Keep the gradient at layers."""
         slopes = self._store(store, "slopes")
         for unit in units:
             slopes.data, slopes.scale = self.slope_selection(unit.batch)
-            self._add(store, slopes, unit)
+            self._add(store, "slopes", unit)
 
     @staticmethod
     def _store(store: dict, name: str) -> FactorStore:
         if name not in store:
-            store[name] = FactorStore()
+            factors = store[name] = FactorStore()
             store.setdefault("bytes", 0)
+            # inputs that both have are held once
+            factors.held = store.setdefault("held", factors.held)
         return store[name]
 
-    def _add(self, store: dict, factors: FactorStore, unit: Unit) -> None:
-        store["bytes"] += factors.add(unit)
+    def _add(self, store: dict, name: str, unit: Unit) -> None:
+        store["bytes"] += store[name].add(unit)
+        if self.marked:
+            marks = store.setdefault("marks", {})
+            marks[name] = marks.get(name, 0.0) + _size(unit)
         if store["bytes"] > self.max_memory:
-            for name in ("columns", "slopes"):
-                if name in store:
-                    store[name].forget()
+            for factors in (store.get("columns"), store.get("slopes")):
+                if factors is not None:
+                    factors.forget()
 
     def settle(self, store: dict) -> None:
         """Note the end of a chunk of columns."""
@@ -71,5 +73,19 @@ class FactorExtension(Extension):
             store["columns"].close_chunk()
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
-        """Refuse: subclasses that can do it do."""
+        """Raise: subclasses that can add up batches do.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError
+
+
+def _size(unit: Unit) -> float:
+    """Return a number that depends on all of a layer's inputs and vectors."""
+    with torch.no_grad():
+        total = sum(float(g.abs().sum(dtype=torch.float64)) for g in unit.cotangents)
+        for site in unit.sites:
+            x = site.input()
+            total += float(x.abs().sum(dtype=torch.float64)) / x.numel()
+    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,10 +75,12 @@ class FactorStore:
         self.layers: dict[tuple, _Layer] = {}
         self.widths: list[int] = []  # vectors per chunk
         self.width: int | None = None  # of the chunk that is running
-        self.batch, self.dtype = 0, torch.float32
+        self.batch = 0
+        self.dtypes: set[torch.dtype] = set()  # of what is kept
+        self.held: dict[int, int] = {}  # bytes of tensors, by where they are in memory
 
     def add(self, unit: Unit) -> int:
-        """Take one layer's vectors; return how many bytes it takes to keep them."""
+        """Take one layer's vectors; return how many more bytes it takes to keep them."""
         layer = self.layers.get(unit.key)
         if layer is None:
             roles = unit.parameters
@@ -95,9 +97,25 @@ class FactorStore:
                 a = a if data is None else a.select(data)
             else:
                 a = widen(a) if data is None else widen(a[:, data])
-            self.width, self.dtype = b.shape[1], b.dtype
+            self.width = b.shape[1]
         layer.pieces[len(self.widths)] = _Piece(tuple(unit.sites), a, b)
-        return sum(t.numel() * t.element_size() for t in _tensors(a, b))
+        tensors = _tensors(a, b)
+        self.dtypes.update(t.dtype for t in tensors if t.is_floating_point())
+        return self._more(tensors)
+
+    def _more(self, tensors: list[Tensor]) -> int:
+        """Return the bytes of tensors that are not held yet: inputs may come again."""
+        more = 0
+        for t in tensors:
+            key, size = t.data_ptr(), t.numel() * t.element_size()
+            more += max(0, size - self.held.get(key, 0))
+            self.held[key] = max(size, self.held.get(key, 0))
+        return more
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest data type of what is kept."""
+        return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).bits)
 
     def _kept(self, t: Tensor, axis: int, data: Tensor | None) -> Tensor:
         t = t if data is None else t.index_select(axis, data)
@@ -111,6 +129,7 @@ class FactorStore:
 
     def forget(self) -> None:
         """Let go of all tensors; what is known is the parameters."""
+        self.held.clear()
         for layer in self.layers.values():
             layer.pieces.clear()
 
@@ -206,52 +225,3 @@ def _tensors(a: Tensor | OneHot | None, b: Tensor | dict[str, Tensor]) -> list[T
     if isinstance(a, OneHot):
         return [*found, a.index]
     return found if a is None else [*found, a]
-
-
-def groups_of(
-    param_groups, reached: Sequence[nn.Parameter], names: Callable[[nn.Parameter], str]
-) -> dict[str, tuple[nn.Parameter, ...]]:
-    """Sort parameters into groups.
-
-    Args:
-        param_groups: None (one group), ``"layers"``, ``"parameters"``, or a sequence of groups:
-            sequences of parameters, or dictionaries with ``"params"`` (and maybe ``"name"``).
-        reached: The parameters that there are, in the model's order.
-        names: Returns a parameter's path.
-
-    Returns:
-        The groups by name, each in the model's order; without parameters that are not reached.
-    """
-    if param_groups is None:
-        return {"all": tuple(reached)}
-    found: dict[str, list[nn.Parameter]] = {}
-    if isinstance(param_groups, str):
-        for p in reached:
-            name = names(p)
-            key = name if param_groups == "parameters" else name.rpartition(".")[0] or "(root)"
-            found.setdefault(key, []).append(p)
-        return {name: tuple(group) for name, group in found.items()}
-    for name, group in named_groups(param_groups).items():
-        members = {id(p) for p in group}
-        kept = tuple(p for p in reached if id(p) in members)
-        if kept:
-            found[name] = kept
-    return found
-
-
-def named_groups(param_groups) -> dict[str, list[nn.Parameter]]:
-    """Return the groups that a user wrote, by name: ``"0"``, ``"1"`` etc. where none is given.
-
-    Raises:
-        ValueError: If two groups have one name.
-    """
-    found: dict[str, list[nn.Parameter]] = {}
-    for k, group in enumerate(param_groups):
-        given = isinstance(group, dict)
-        members = group["params"] if given else group
-        members = [members] if isinstance(members, Tensor) else list(members)
-        name = str(group.get("name", k)) if given else str(k)
-        if name in found:
-            raise ValueError(f"Two groups of parameters have the name {name!r}.")
-        found[name] = members
-    return found

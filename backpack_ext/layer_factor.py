@@ -13,6 +13,7 @@ from backpack_ext.layer_gram import layer_gram, layer_grams
 from backpack_ext.normal import CHUNK, Bags, OneHot, bias_per_sample, per_sample, square_sum
 from curvature import Axes
 from curvature.factor import Factor
+from curvature.precision import without_autocast
 
 
 class LayerFactor(Factor):
@@ -37,7 +38,11 @@ class LayerFactor(Factor):
         part: tuple[int, int] | None = None,
     ):
         self._a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
-        self._version = _versioned(a)._version
+        self._version = _versions(a)
+
+    def __reduce__(self):
+        """Have copies note the versions of their own tensors."""
+        return LayerFactor, (self.a, self.b, self.shapes_, self.axes, self.part)
 
     @property
     def a(self) -> Tensor | OneHot:
@@ -46,7 +51,7 @@ class LayerFactor(Factor):
         Raises:
             RecordingError: If they were overwritten since: they may be the user's own mini-batch.
         """
-        if _versioned(self._a)._version != self._version:
+        if _versions(self._a) != self._version:
             raise RecordingError(
                 f"The inputs of a layer with a weight of shape {tuple(self.shapes_[0])} were modified "
                 "in place after the backward pass; what is asked for now would be that of other data. "
@@ -79,15 +84,18 @@ class LayerFactor(Factor):
 
     # ------------------------------------------------------------------ products
 
+    @without_autocast
     def _own_gram(self) -> Tensor:
         return layer_gram(self.a, self.b, bias=self._bias)
 
+    @without_autocast
     def gram_and(self, other: Factor) -> tuple[Tensor, Tensor]:
         """Return ``V^T V`` and ``V^T V'``; see `Factor.gram_and`."""
         if not isinstance(other, LayerFactor) or (other.axes, other.part) != (self.axes, self.part):
             return super().gram_and(other)
         return layer_grams(self.a, self.b, other.a, other.b, bias=self._bias)
 
+    @without_autocast
     def _gram_with(self, other: Factor) -> Tensor:
         if not isinstance(other, LayerFactor) or other.axes != self.axes:
             return super()._gram_with(other)
@@ -99,6 +107,7 @@ class LayerFactor(Factor):
             return super()._gram_with(other)
         return layer_gram(self.a, self.b, other.a, other.b, bias=self._bias)
 
+    @without_autocast
     def explicit(self) -> tuple[Tensor, ...]:
         """Return all columns, ``[q, *shape]``; see `Factor.explicit`."""
         found = [self._placed(per_sample(self.a, self.b).flatten(0, 1), 0)]
@@ -106,10 +115,11 @@ class LayerFactor(Factor):
             found.append(self._placed(bias_per_sample(self.b).flatten(0, 1), 1))
         return tuple(found)
 
+    @without_autocast
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
         _, v, n, s, o = self.b.shape
-        step = max(1, CHUNK // (self.b.shape[0] * n * s * o))
+        step = max(1, CHUNK // max(1, self.b.shape[0] * n * s * o))
         pieces = [self._apply(c.reshape(-1, v, n)) for c in coefficients.to(self.b.dtype).split(step)]
         return tuple(ts[0] if len(ts) == 1 else torch.cat(ts) for ts in zip(*pieces, strict=True))
 
@@ -142,10 +152,11 @@ class LayerFactor(Factor):
         m = self.axes[role].to_matrix(w.to(self.b.dtype))
         return m if self.part is None else m[:, self.part[0] : self.part[0] + 1]
 
+    @without_autocast
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
         g, _, n, s, o = self.b.shape
-        step = max(1, CHUNK // (g * n * s * o))
+        step = max(1, CHUNK // max(1, g * n * s * o))
         pieces = zip(*(w.split(step) for w in vectors), strict=True)
         return torch.cat([self._project(*ws) for ws in pieces])
 
@@ -163,6 +174,7 @@ class LayerFactor(Factor):
         out = (z @ self.b.permute(0, 2, 3, 4, 1).reshape(g, n, s * o, v)).sum(0)
         return out.permute(1, 2, 0).reshape(k, v * n)
 
+    @without_autocast
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``."""
         found = [self._placed(square_sum(self.a, self.b)[None], 0)[0]]
@@ -196,9 +208,13 @@ class LayerFactor(Factor):
         return LayerFactor(a, b, self.shapes_, self.axes, self.part)
 
 
-def _versioned(a: Tensor | OneHot) -> Tensor:
-    """Return the tensor that may be the user's."""
-    return a.index if isinstance(a, OneHot) else a
+def _versions(a: Tensor | OneHot) -> tuple[int, ...]:
+    """Return the versions of those tensors that may be the user's."""
+    if not isinstance(a, OneHot):
+        return (a._version,)
+    bags = a.bags
+    every = (a.index, a.mask, bags and bags.row, bags and bags.weight)
+    return tuple(t._version for t in every if t is not None)
 
 
 def b_to_tokens(a: OneHot, b: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _kernel(A: Tensor, b: Tensor, b2: Tensor, same: bool) -> Tensor:
         return (B[0] if g == 1 else B.sum(0)).reshape(v * n, w * m)
     out = b.new_empty(v, n, w, m)
     rows, others = b.reshape(g, v, n * s, o), b2.reshape(g, w, m * t, o)
-    step = max(1, min(n, CHUNK // (g * s * m * t)))
+    step = max(1, min(n, CHUNK // max(1, g * s * m * t)))
     for k in range(v):
         for j in range(w):
             if same and j < k:
@@ -124,7 +124,7 @@ def _explicit(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor, bias: bool) -
 def _pieces(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the per-sample vectors of both sets (equal if ``a2`` is None), some output features each."""
     (g, v, n, _, o), i, (_, w, m, _, _) = b.shape, a.shape[-1], b2.shape
-    step = max(1, min(o, CHUNK // (g * max(v * n, w * m) * i)))
+    step = max(1, min(o, CHUNK // max(1, g * max(v * n, w * m) * i)))
     for k in range(0, o, step):
         G = _rows(a, b[..., k : k + step])
         yield G, G if a2 is None else _rows(a2, b2[..., k : k + step])

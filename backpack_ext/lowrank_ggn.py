@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backpack_ext.coverage import parameter_paths
 from backpack_ext.errors import RecordingError, UnsupportedError
-from backpack_ext.extension import Vectors, check_samples
+from backpack_ext.extension import Vectors, check_indices, check_samples
 from backpack_ext.factor_extension import FactorExtension, Selection
-from backpack_ext.factor_store import groups_of, named_groups
+from backpack_ext.param_groups import Places, checked_groups, groups_of
 from backpack_ext.recomputed import Recomputation, RecomputedFactor
 from backpack_ext.unit import Unit
 from curvature import Eigenpairs, Eigenvectors, LowRank
 from curvature.factor import Centered
+from curvature.lowrank import CUTS
 
 FISHER = ("exact", "mc", "empirical")
-GROUPS = ("layers", "parameters")
 
 # One tensor per parameter.
 Step = dict[nn.Parameter, Tensor]
@@ -71,7 +70,8 @@ class LowRankGGN(FactorExtension):
         max_memory: How many bytes of a and b may be kept.
         closure: Returns the loss of the same mini-batch, without calling backward. Beyond
             ``max_memory``, each product recomputes the backward pass with it, some data at a time (and
-            a warning says so). It must be deterministic.
+            a warning says so). Where it computes something else than the first pass (dropout, other
+            data, parameters changed in between), products raise.
 
     Raises:
         ValueError: If an option is none of those listed, a parameter is in two groups or frozen, or (in
@@ -116,12 +116,16 @@ class LowRankGGN(FactorExtension):
         super().__init__(savefield, unsupported, generator)
         self.fisher, self.center, self.gradients = fisher, center, gradients
         self.dtype, self.rtol = dtype, rtol
-        self.subsample = None if subsample is None else [int(k) for k in subsample]
-        if self.subsample == []:
-            raise ValueError(
-                "LowRankGGN: subsample is empty; expected indices of data, or None for all."
-            )
-        self.param_groups = _checked_groups(param_groups)
+        self.subsample = None
+        if subsample is not None:
+            self.subsample = check_indices("LowRankGGN", "subsample", subsample)
+        self.param_groups = checked_groups("LowRankGGN", param_groups)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"LowRankGGN: dtype={dtype}; expected torch.float32 or torch.float64.")
+        if not isinstance(max_memory, (int, float)) or not max_memory > 0:
+            raise ValueError(f"LowRankGGN: max_memory={max_memory!r}; expected a number of bytes.")
+        if rtol is not None and not 0 <= rtol < 1:
+            raise ValueError(f"LowRankGGN: rtol={rtol!r}; expected a number in [0, 1), or None.")
         self.max_columns, self.max_memory, self.closure = max_columns, max_memory, closure
         if closure is not None and not callable(closure):
             raise ValueError(
@@ -132,8 +136,8 @@ class LowRankGGN(FactorExtension):
         self._blocks: dict[str, LowRank] | None = None
         self._parameters: dict[str, tuple[nn.Parameter, ...]] = {}
         self._warned = False
-        # the generator's state before the first samples of a pass
-        self._random: Tensor | None = None
+        # the pass that drew samples last, and the generator's state before
+        self._random: tuple[int, Tensor] | None = None
 
     @property
     def needs_scale(self) -> bool:
@@ -141,7 +145,7 @@ class LowRankGGN(FactorExtension):
         return self.fisher == "empirical"
 
     @property
-    def marks(self) -> bool:
+    def marked(self) -> bool:
         """A closure is to compute the same again."""
         return self.closure is not None
 
@@ -159,12 +163,14 @@ class LowRankGGN(FactorExtension):
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that samples are drawn from; note its state."""
         generator = super().generator(device)
-        if self.closure is not None and self._random is None:
-            self._random = generator.get_state()
+        task = torch._C._current_graph_task_id()
+        if self.closure is not None and (self._random is None or self._random[0] != task):
+            self._random = task, generator.get_state()
         return generator
 
     def absorb(self, store: dict, unit: Unit) -> None:
         """Keep one layer's inputs and vectors."""
+        self._blocks = None  # a pass that fails leaves nothing
         super().absorb(store, unit)
         if self.fisher == "empirical" and self.gradients:
             self.absorb_gradient(store, [unit])
@@ -185,62 +191,44 @@ class LowRankGGN(FactorExtension):
         columns, slopes = store["columns"], store.get("slopes")
         if slopes is not None:
             slopes.close_chunk()
-        paths = parameter_paths()
-        order = {key: k for k, key in enumerate(paths)}
-        reached = sorted(columns.parameters, key=lambda p: order.get(id(p), len(order)))
-        self._check_known(reached, paths)
-        groups = groups_of(self.param_groups, reached, lambda p: paths.get(id(p), "(unknown)"))
+        places = Places()
+        reached = places.sorted(columns.parameters)
+        groups = groups_of("LowRankGGN", self.param_groups, reached, places)
         data, scale = self.selection(columns.batch)
         data = torch.arange(columns.batch) if data is None else data
         slots = sum(columns.widths)
         if store["bytes"] > self.max_memory:
-            of_columns = self._again(store, self.vectors, data, scale, slots, reached)
+            of_columns = self._again(store, "columns", data, scale, slots, reached)
             of_slopes = None
             if slopes is not None:
-                everything = torch.arange(columns.batch)
-                of_slopes = self._again(
-                    store, Vectors("gradient"), everything, float(columns.batch), 1, reached
-                )
+                everything, N = torch.arange(columns.batch), columns.batch
+                of_slopes = self._again(store, "slopes", everything, float(N), 1, reached)
         else:
             of_columns, of_slopes = columns.factor, None if slopes is None else slopes.factor
+        rtol = max(map(CUTS.get, (self.dtype, *columns.dtypes))) if self.rtol is None else self.rtol
         found = {}
         for name, parameters in groups.items():
             factor = of_columns(parameters)
             if self.center:
                 factor = Centered(factor, slots)
-            found[name] = (
-                parameters,
-                LowRank(
-                    factor,
-                    owner=torch.arange(len(data), device=factor.device).repeat(slots),
-                    data=len(data),
-                    # a pass that was asked for some gradients only brings no others
-                    slopes=of_slopes(parameters)
-                    if slopes is not None and slopes.covers(parameters)
-                    else None,
-                    dtype=self.dtype,
-                    rtol=self.rtol,
-                ),
+            # a pass that was asked for some gradients only brings no others
+            known = slopes is not None and slopes.covers(parameters)
+            block = LowRank(
+                factor,
+                owner=torch.arange(len(data), device=factor.device).repeat(slots),
+                data=len(data),
+                slopes=of_slopes(parameters) if known else None,
+                dtype=self.dtype,
+                rtol=rtol,
+                keys=tuple(map(id, parameters)),
             )
+            found[name] = parameters, block
         return found
-
-    def _check_known(self, reached: Sequence[nn.Parameter], paths: Mapping[int, str]) -> None:
-        """Raise if a group has a parameter of no model that was called."""
-        if self.param_groups is None or isinstance(self.param_groups, str):
-            return
-        known = {id(p) for p in reached} | paths.keys()
-        for name, group in named_groups(self.param_groups).items():
-            for p in group:
-                if id(p) not in known:
-                    raise ValueError(
-                        f"LowRankGGN: group {name} has a parameter of shape {tuple(p.shape)} that is no "
-                        "parameter of the model."
-                    )
 
     def _again(
         self,
         store: dict,
-        vectors: Vectors,
+        what: str,
         data: Tensor,
         scale: float,
         slots: int,
@@ -252,37 +240,47 @@ class LowRankGGN(FactorExtension):
             UnsupportedError: If there is no closure.
         """
         size, batch = store["bytes"], store["columns"].batch
-        what = f"LowRankGGN: inputs and vectors of the layers take {_text(size)}, more than max_memory="
-        what += _text(self.max_memory)
+        text = f"LowRankGGN: inputs and vectors of the layers take {_text(size)}, more than max_memory="
+        text += _text(self.max_memory)
         if self.closure is None:
             raise UnsupportedError(
-                f"{what}. Raise max_memory; or pass closure=, which returns the loss of this mini-batch "
+                f"{text}. Raise max_memory; or pass closure=, which returns the loss of this mini-batch "
                 "again, to have products recompute the backward pass in parts; or use a sub-sample, or "
                 'fisher="mc".'
             )
+        columns = what == "columns"
+        vectors = Vectors(self.vectors.kind, self.vectors.samples) if columns else Vectors("gradient")
+        random = None
+        if vectors.kind == "mc":
+            if self._random is None:
+                raise UnsupportedError(
+                    f"{text}, and its samples are those of another extension with the same generator, "
+                    "which cannot be drawn again. Give LowRankGGN a generator of its own."
+                )
+            random = self._random[1]
         # two parts are there at a time, and as much again while one is put together
         chunk = max(1, int(batch * self.max_memory / (4 * size)))
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{what}. Each product runs the closure's backward pass again, for {chunk} of {batch} "
+                f"{text}. Each product runs the closure's backward pass again, for {chunk} of {batch} "
                 "data at a time.",
                 stacklevel=2,
             )
-        columns = vectors is self.vectors
         again = Recomputation(
             closure=self.closure,
-            vectors=Vectors(vectors.kind, vectors.samples),
+            vectors=vectors,
             scaled=columns and self.needs_scale,
             data=data,
             scale=scale,
             slots=slots,
             chunk=chunk,
             parameters=list(parameters),
-            random=self._random if columns and vectors.kind == "mc" else None,
+            random=random,
             max_columns=self.max_columns,
             like=torch.zeros(0, dtype=store["columns"].dtype, device=parameters[0].device),
-            mark=store["mark"] if columns else None,
+            mark=store["marks"][what],
+            versions=[p._version for p in parameters],
         )
         return partial(RecomputedFactor, again)
 
@@ -320,8 +318,13 @@ class LowRankGGN(FactorExtension):
         """
         if self._blocks is None:
             raise RecordingError(
-                "LowRankGGN: no backward pass has run with this extension yet. Call backward() on an "
-                "extended loss inside `with backpack(...)` first."
+                "LowRankGGN: no backward pass has run with this extension yet, or the last one failed. "
+                "Call backward() on an extended loss inside `with backpack(...)` first."
+            )
+        if not self._blocks:
+            raise RecordingError(
+                "LowRankGGN: the loss of the last backward pass reached no trainable parameter (are all "
+                "frozen, or uncovered?), so that there is no curvature."
             )
         return self._blocks
 
@@ -369,7 +372,9 @@ class LowRankGGN(FactorExtension):
     def directional_gradients(self, k: int | None = None) -> Tensor | dict[str, Tensor]:
         r"""Return :math:`\gamma_{nk} = e_k \cdot \nabla \ell_n`, ``[N, K]``.
 
-        Of the data's own losses :math:`\ell_n = N r \sum_t \ell_{nt}`, whose mean is the total.
+        Of the data's own losses :math:`\ell_n = N r \sum_t \ell_{nt}`, whose mean is the loss. What
+        else enters the total counts if it depends on the data's outputs, not if it is a penalty on
+        parameters.
         """
         return self._each(lambda block: _sloped(block).eigh(k).directional_gradients())
 
@@ -418,6 +423,11 @@ class LowRankGGN(FactorExtension):
         found: Step = {}
         for name, block in self.blocks.items():
             parameters = self._parameters[name]
+            if vector is not None and not isinstance(vector, Mapping):
+                raise TypeError(
+                    "LowRankGGN: expected tensors by parameter, such as {p: p.grad for p in "
+                    f"model.parameters()}}, got {type(vector).__name__}."
+                )
             if vector is not None:
                 missing = [tuple(p.shape) for p in parameters if p not in vector]
                 if missing:
@@ -443,46 +453,6 @@ def _sloped(block: LowRank) -> LowRank:
             "pass that reaches all layers (not backward(inputs=...))."
         )
     return block
-
-
-def _checked_groups(param_groups):
-    """Return the groups as they came, sequences and not iterators.
-
-    Raises:
-        ValueError: If a parameter is frozen or in two groups, or a group is something else.
-    """
-    if param_groups is None:
-        return None
-    if isinstance(param_groups, str):
-        if param_groups not in GROUPS:
-            raise ValueError(
-                f"LowRankGGN: param_groups={param_groups!r}; expected None, one of {GROUPS}, or a "
-                "sequence of groups of parameters."
-            )
-        return param_groups
-    if not isinstance(param_groups, Iterable):
-        raise ValueError(f"LowRankGGN: param_groups={param_groups!r}; expected groups of parameters.")
-    groups = [
-        dict(g, params=list(g["params"])) if isinstance(g, dict) else list(g) for g in param_groups
-    ]
-    seen: dict[int, str] = {}
-    found = named_groups(groups)
-    if not found or not all(found.values()):
-        raise ValueError("LowRankGGN: param_groups has no group, or an empty one.")
-    for name, group in found.items():
-        for p in group:
-            if not isinstance(p, nn.Parameter) or not p.requires_grad:
-                raise ValueError(
-                    f"LowRankGGN: group {name} holds a {type(p).__name__} that is no trainable "
-                    "parameter."
-                )
-            if id(p) in seen:
-                raise ValueError(
-                    f"LowRankGGN: a parameter of shape {tuple(p.shape)} is in the groups "
-                    f"{seen[id(p)]} and {name}; blocks cannot overlap."
-                )
-            seen[id(p)] = name
-    return groups
 
 
 def _text(size: float) -> str:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import index
 
 import torch
 from torch import Tensor, nn
 
 from backpack_ext.attach import tie
 from backpack_ext.context import backpack
-from backpack_ext.coverage import parameter_paths
 from backpack_ext.errors import RecordingError
 from backpack_ext.extend import extend_once
-from backpack_ext.extension import Vectors
+from backpack_ext.extension import Vectors, check_indices
 from backpack_ext.factor_extension import FactorExtension
 from backpack_ext.layer_factor import LayerFactor
 from backpack_ext.loss_call import LossCall
@@ -23,7 +21,7 @@ from backpack_ext.losses import OutputsRule
 from curvature.factor import DenseFactor, Factor, Stacked
 
 
-class _OutputColumns(FactorExtension):
+class NTKPass(FactorExtension):
     """Keeps the factor of unit vectors at the model's output."""
 
     vectors = Vectors("exact")
@@ -46,11 +44,13 @@ class Features:
         factor: :math:`J^T`, ``[P, (C N)]``; columns are ordered by output, data fastest.
         data: Number of data N.
         outputs: Number of outputs C of a datum.
+        parameters: The parameters that the Jacobian is by, in the order of the factor.
     """
 
     factor: Factor
     data: int
     outputs: int
+    parameters: tuple[nn.Parameter, ...]
 
 
 class NTK:
@@ -65,10 +65,10 @@ class NTK:
             depends on count. Call ``eval()`` on it if it has dropout: else the kernel is that of the
             network with one draw of masks.
         outputs: Which outputs: ``"full"``, all pairs of outputs; ``"trace"``, the sum over equal outputs
-            :math:`\sum_c K_{nm,cc}`, at the cost of one; or indices of outputs, all pairs of these. A
-            datum's outputs are flattened.
+            :math:`\sum_c K_{nm,cc}`, with fewer products than all pairs, but as many vectors; or indices
+            of outputs, all pairs of these. A datum's outputs are flattened.
         unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
-        max_columns: ``outputs="full"`` refuses beyond that many outputs per datum.
+        max_columns: It refuses beyond that many outputs per datum.
 
     Raises:
         ValueError: If ``outputs`` is none of these.
@@ -100,14 +100,7 @@ class NTK:
                 )
             self.indices = None
         else:
-            try:
-                self.indices = [index(k) for k in outputs]
-            except TypeError:
-                self.indices = []
-            if not self.indices:
-                raise ValueError(
-                    f"NTK: outputs={outputs!r}; expected 'full', 'trace', or a sequence of indices."
-                )
+            self.indices = check_indices("NTK", "outputs ('full', 'trace', or indices)", outputs)
         self.model, self.outputs = extend_once(model), outputs
         self.unsupported, self.max_columns = unsupported, max_columns
 
@@ -125,7 +118,7 @@ class NTK:
             RecordingError: If the output depends on no trainable parameter.
             UnsupportedError: If a layer couples the data (batch norm in training mode).
         """
-        ext = _OutputColumns(self.unsupported, self.max_columns)
+        ext = NTKPass(self.unsupported, self.max_columns)
         with _parameters(self.model, parameters), torch.enable_grad(), backpack(ext):
             z = self.model(x)
             if not isinstance(z, Tensor) or not z.requires_grad:
@@ -142,9 +135,9 @@ class NTK:
         store = ext.store
         if store is None:
             raise RecordingError("NTK: the model's output depends on no parameter that a rule covers.")
-        places = {key: k for k, key in enumerate(parameter_paths())}
-        reached = sorted(store.parameters, key=lambda p: places.get(id(p), len(places)))
-        return Features(store.factor(reached), store.batch, sum(store.widths))
+        order = {id(p): k for k, p in enumerate(self.model.parameters())}
+        reached = tuple(sorted(store.parameters, key=lambda p: order.get(id(p), len(order))))
+        return Features(store.factor(reached), store.batch, sum(store.widths), reached)
 
     def gram(self, x1: Tensor | Features, x2: Tensor | Features | None = None) -> Tensor:
         """Return the kernel of two sets of inputs.
@@ -156,9 +149,24 @@ class NTK:
 
         Returns:
             ``[N, M, C, C]``, or ``[N, M]`` for ``outputs="trace"``.
+
+        Raises:
+            ValueError: If the two depend on different parameters, or in ``"trace"`` have different
+                numbers of outputs.
         """
         one = x1 if isinstance(x1, Features) else self.features(x1)
         two = one if x2 is None else x2 if isinstance(x2, Features) else self.features(x2)
+        if list(map(id, one.parameters)) != list(map(id, two.parameters)):
+            raise ValueError(
+                f"NTK: the two sets of inputs reach different parameters ({len(one.parameters)} and "
+                f"{len(two.parameters)} of them): part of the model was frozen in between, or it "
+                "chooses its layers by the input. Their kernel cannot be put together by layers."
+            )
+        if self.outputs == "trace" and one.outputs != two.outputs:
+            raise ValueError(
+                f"NTK: outputs='trace' of inputs with {one.outputs} and {two.outputs} outputs per datum "
+                "is not defined. Use 'full', or inputs of one length."
+            )
         if self.outputs == "trace":
             return _trace(one.factor, two.factor, one.data, two.data)
         K = one.factor.gram(two.factor)
@@ -185,22 +193,30 @@ def _trace(one: Factor, two: Factor, N: int, M: int) -> Tensor:
 
 @contextmanager
 def _parameters(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Have a model's parameters and buffers take other values."""
+    """Have a model's parameters and buffers take other values; leave all as they were."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    own |= dict(model.named_buffers(remove_duplicate=False))
-    values = {} if values is None else values
-    for name, value in values.items():
-        if name not in own:
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    own |= buffers
+    # a forward may change buffers: it gets copies
+    new = {id(t): t.detach().clone() for t in buffers.values()}
+    given: dict[int, tuple[str, Tensor]] = {}
+    for name, value in ({} if values is None else values).items():
+        t = own.get(name)
+        if t is None:
             raise KeyError(f"NTK: the model has no parameter or buffer {name!r}.")
-        if value.shape != own[name].shape:
+        if value.shape != t.shape:
             raise ValueError(
-                f"NTK: {name} has shape {tuple(own[name].shape)}, the value given {tuple(value.shape)}."
+                f"NTK: {name} has shape {tuple(t.shape)}, the value given {tuple(value.shape)}."
             )
-    before = {name: own[name].data for name in values}
+        first, other = given.setdefault(id(t), (name, value))
+        if other is not value and not torch.equal(other, value):
+            raise ValueError(f"NTK: {first} and {name} are one tensor, but their values given differ.")
+        new[id(t)] = value.detach().to(t, copy=id(t) in new)
+    before = {id(t): (t, t.data) for t in own.values() if id(t) in new}
     try:
-        for name, value in values.items():
-            own[name].data = value.detach().to(own[name])
+        for key, (t, _) in before.items():
+            t.data = new[key]
         yield
     finally:
-        for name, value in before.items():
-            own[name].data = value
+        for t, data in before.values():
+            t.data = data

@@ -16,7 +16,7 @@ from backpack_ext.factor_extension import FactorExtension, Selection
 from curvature.factor import DenseFactor, Factor, Stacked
 
 
-class Part(FactorExtension):
+class LowRankGGNPart(FactorExtension):
     """Keeps the factors of some of the data of one pass, and its mark.
 
     Args:
@@ -32,7 +32,7 @@ class Part(FactorExtension):
         self._selection = selection
         self.found, self.mark = None, 0.0
 
-    marks = True
+    marked = True
 
     @property
     def needs_scale(self) -> bool:
@@ -45,7 +45,7 @@ class Part(FactorExtension):
 
     def finish(self, store: dict) -> list:
         """Keep the store; nothing lands on parameters."""
-        self.found, self.mark = store.get("columns"), store.get("mark", 0.0)
+        self.found, self.mark = store.get("columns"), store.get("marks", {}).get("columns", 0.0)
         return []
 
 
@@ -56,16 +56,17 @@ class Recomputation:
     Args:
         closure: Returns the loss of the mini-batch.
         vectors: Which vectors are the columns.
-        scaled: See `Part`.
+        scaled: See `LowRankGGNPart`.
         data: The data whose columns there are, ``[n]``.
         scale: The factor of the vectors.
         slots: Number of columns per datum.
         chunk: How many data at a time.
         parameters: All parameters that vectors arrive at.
         random: State of the random generator before the first pass; None if nothing is random.
-        max_columns: See `Part`.
+        max_columns: See `LowRankGGNPart`.
         like: A tensor of the factors' data type and device.
-        mark: What a pass over the same data is recognised by; None if not known yet.
+        mark: What a pass over the same data is recognised by.
+        versions: The parameters' versions in the first pass.
     """
 
     closure: Callable[[], Tensor]
@@ -79,7 +80,8 @@ class Recomputation:
     random: Tensor | None
     max_columns: int
     like: Tensor
-    mark: float | None = None
+    mark: float
+    versions: Sequence[int]
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield the places, among the data, of each part."""
@@ -89,9 +91,18 @@ class Recomputation:
         """Return the factor of some data's columns over some parameters.
 
         Raises:
-            RecordingError: If the closure returns another loss than before.
+            RecordingError: If the closure computes something else than the first pass, or parameters
+                changed since.
         """
-        part = Part(self.vectors, self.scaled, (self.data[places], self.scale), self.max_columns)
+        if [p._version for p in self.parameters] != list(self.versions):
+            raise RecordingError(
+                "LowRankGGN: parameters were changed in place since the backward pass, so that the "
+                "closure would compute another curvature. Ask before optimizer.step(), or raise "
+                "max_memory so that nothing has to be recomputed."
+            )
+        part = LowRankGGNPart(
+            self.vectors, self.scaled, (self.data[places], self.scale), self.max_columns
+        )
         if self.random is not None:
             part._generator = torch.Generator(self.like.device)
             part._generator.set_state(self.random)
@@ -103,13 +114,15 @@ class Recomputation:
                     f"requires a gradient, without calling backward; it returned {loss!r:.80}."
                 )
             torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        if self.mark is not None and not isclose(part.mark, self.mark, rel_tol=1e-3):
+        if part.found is None:
+            raise RecordingError("LowRankGGN: the closure's loss reaches no layer of the model.")
+        if not isclose(part.mark, self.mark, rel_tol=1e-6):
             raise RecordingError(
-                "LowRankGGN: the closure computed something else than the last pass (its vectors' "
-                f"sizes add up to {part.mark:g}, not to {self.mark:g}). It must compute the same loss "
-                "of the same data with the same parameters each time: no dropout, no next mini-batch."
+                "LowRankGGN: the closure computed something else than the backward pass did (its "
+                f"inputs and vectors add up to {part.mark:.9g}, not to {self.mark:.9g}). It must "
+                "compute the same loss of the same data with the same parameters: no dropout, no next "
+                "mini-batch, no optimizer step in between."
             )
-        self.mark = part.mark
         return part.found.factor(parameters)
 
 

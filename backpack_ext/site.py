@@ -22,8 +22,8 @@ _calls: dict[int | tuple[int, int], int] = {}
 
 _WHOLE: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
-# The outermost extended modules that were called: where messages find parameters' names.
-roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The outermost extended modules that were called, in order: where parameters have their names and order.
+roots: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 
 
 class NoChecks(dict):

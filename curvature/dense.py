@@ -12,6 +12,7 @@ from curvature.axes import Axes
 from curvature.block import Block, check_vectors, join, raised, result_dtype, split
 from curvature.decomposition import check_damping, check_finite, eigh, nonnegative, widen
 from curvature.eigen import KroneckerEigen
+from curvature.precision import without_autocast
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +62,7 @@ class DenseBlock(Block):
         """Return the same with another matrix."""
         return replace(self, **factors)
 
+    @without_autocast
     def matvec(self, *vectors: Tensor) -> Tensor:
         """Multiply with a parameter-shaped tensor ``[..., *shape]``."""
         check_vectors("DenseBlock.matvec", vectors, self.shapes)

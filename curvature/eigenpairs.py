@@ -130,7 +130,7 @@ class Eigenpairs:
         if self._gradients is None:
             cross = self.block.slope_products("directional_gradients")
             self._gradients = cross.mT @ (self.coefficients / self.values.sqrt())
-        return self._gradients
+        return self._gradients.clone()
 
     def directional_curvatures(self) -> Tensor:
         r"""Return the curvatures of the data's losses along the eigenvectors, ``[N, K]``.

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.precision import without_autocast
+
 # Entries of a factor's explicit columns that are formed at once.
 CHUNK = 2**24
 
@@ -96,7 +98,7 @@ class Factor(ABC):
 
     def _gram_with(self, other: Factor) -> Tensor:
         """Return ``V^T V'`` for any two factors: some columns at a time are formed and projected."""
-        step, rows = max(1, CHUNK // self.dim), []
+        step, rows = max(1, CHUNK // max(1, self.dim)), []
         for part in torch.arange(self.columns, device=self.device).split(step):
             rows.append(other.project(*self.select(part).explicit()))
         return torch.cat(rows)
@@ -191,6 +193,7 @@ class DenseFactor(Factor):
         """The columns."""
         return (self.rows,)
 
+    @without_autocast
     def _gram_with(self, other: Factor) -> Tensor:
         if isinstance(other, DenseFactor):
             # long sums in float32 would add noise that grows with the number of terms
@@ -203,11 +206,13 @@ class DenseFactor(Factor):
         # -1 would be ambiguous where there are no columns
         return self.rows.reshape(len(self.rows), self.rows.shape[1:].numel())
 
+    @without_autocast
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
         flat = coefficients.to(self.rows.dtype) @ self._flat
         return (flat.reshape(len(flat), *self.rows.shape[1:]),)
 
+    @without_autocast
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
         (w,) = vectors
@@ -365,7 +370,7 @@ class Sum(_Parts):
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``, column by column."""
         totals = None
-        step = max(1, CHUNK // self.dim)
+        step = max(1, CHUNK // max(1, self.dim))
         for part in torch.arange(self.columns, device=self.device).split(step):
             squares = [t.square().sum(0) for t in self.select(part).explicit()]
             totals = squares if totals is None else [a + b for a, b in zip(totals, squares, strict=True)]

@@ -2,7 +2,7 @@ r"""Curvature of low rank over one or many parameters, through its Gram matrix."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from math import sqrt
 
 import torch
@@ -51,8 +51,11 @@ class LowRank(Block):
             belong to a sample of the data.
         dtype: Data type in which the Gram matrix is decomposed, float32 or float64. Products with V
             are computed in V's own.
-        rtol: What counts as zero; by the less precise of V's data type and ``dtype`` by default: 1e-12
+        rtol: What counts as zero; by the least precise of V's data types and ``dtype`` by default: 1e-12
             in float64, 1e-6 in float32, 1e-2 in bfloat16 and float16.
+        keys: What tells the parameters apart, one hashable object each: sums and
+            `BlockDiagonalOperator.of_parameters` (which takes the ids of parameters) compare them, where
+            shapes alone could be equal.
 
     References:
         Dangel, Tatzel & Hennig (2022), ViViT: Curvature access through the generalized Gauss-Newton's
@@ -73,7 +76,7 @@ class LowRank(Block):
         tensor([[0.6000, 0.0000, 0.8000]])
     """
 
-    __slots__ = ("_found", "data", "factor", "gram_dtype", "owner", "rtol", "slopes")
+    __slots__ = ("_found", "data", "factor", "gram_dtype", "keys", "owner", "rtol", "slopes")
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class LowRank(Block):
         slopes: Factor | None = None,
         dtype: torch.dtype = torch.float64,
         rtol: float | None = None,
+        keys: Sequence[Hashable] | None = None,
     ):
         for name, value in (("factor", factor), ("slopes", slopes)):
             if not isinstance(value, Factor) and not (name == "slopes" and value is None):
@@ -101,7 +105,14 @@ class LowRank(Block):
             check_same(factor, slopes)
         self.factor, self.slopes, self.gram_dtype = factor, slopes, dtype
         self.owner, self.data = _checked(factor, owner, data)
-        self.rtol = max(CUTS[dtype], CUTS[factor.dtype]) if rtol is None else float(rtol)
+        dtypes = {t.dtype for t in factor.tensors if t.is_floating_point()}
+        self.rtol = max(map(CUTS.get, (dtype, *dtypes))) if rtol is None else float(rtol)
+        self.keys = None if keys is None else tuple(keys)
+        if self.keys is not None and len(set(self.keys)) != len(factor.shapes):
+            raise ValueError(
+                f"LowRank: keys={self.keys!s:.80}; expected {len(factor.shapes)} different ones, one "
+                "per parameter."
+            )
         self._found: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -235,12 +246,12 @@ class LowRank(Block):
             known = len(self._found["values"]) if "values" in self._found else None
             values = self._nonzero(values) if known is None else values[:known]
             self._found["values"], self._found["U"] = values, self._columns(values, basis)
-        return self._found["values"], self._found["U"]
+        return self._found["values"].clone(), self._found["U"]
 
     def _largest(self, k: int) -> tuple[Tensor, Tensor]:
         found = self._found
         if "U" in found:
-            return found["values"][:k], found["U"][:, :k]
+            return found["values"][:k].clone(), found["U"][:, :k]
         if "top" not in found or len(found["top"]) < k:
             pairs = largest(self._checked_small(), k)
             if pairs is None:
@@ -382,7 +393,7 @@ class LowRank(Block):
 
     def diagonal(self) -> Parts:
         """Return the diagonal, shaped like the parameter(s)."""
-        found = tuple(t.clone() for t in self.factor.square_sum())
+        found = tuple(t.detach().clone() for t in self.factor.square_sum())
         return found[0] if len(found) == 1 else found
 
     # ------------------------------------------------------------------ other matrices
@@ -393,7 +404,7 @@ class LowRank(Block):
         return self._with(rebuilt(self.factor, self.factor.tensors, tuple(every.values())), self.slopes)
 
     def _with(self, factor: Factor, slopes: Factor | None) -> LowRank:
-        return LowRank(factor, self.owner, self.data, slopes, self.gram_dtype, self.rtol)
+        return LowRank(factor, self.owner, self.data, slopes, self.gram_dtype, self.rtol, self.keys)
 
     def clone(self) -> LowRank:
         """Return a block that shares no memory with this one."""
@@ -436,6 +447,11 @@ class LowRank(Block):
                 f"LowRank: + needs blocks of the same parameters, got shapes "
                 f"{[tuple(s) for s in self.shapes]} and {[tuple(s) for s in other.shapes]}."
             )
+        if None not in (self.keys, other.keys) and self.keys != other.keys:
+            raise ValueError(
+                "LowRank: + needs blocks of the same parameters in the same order; these are over "
+                "others, of equal shapes. Did the two passes reach different parameters of the model?"
+            )
         owner = data = slopes = None
         if self.owner is not None and other.owner is not None:
             owner = torch.cat([self.owner, other.owner + self.data])
@@ -446,7 +462,8 @@ class LowRank(Block):
             slopes = Concatenated([term.scaled(N / term.columns) for term in terms])
         parts = [*_parts(self.factor), *_parts(other.factor)]
         dtype = torch.promote_types(self.gram_dtype, other.gram_dtype)
-        return LowRank(Concatenated(parts), owner, data, slopes, dtype, max(self.rtol, other.rtol))
+        rtol, keys = max(self.rtol, other.rtol), self.keys or other.keys
+        return LowRank(Concatenated(parts), owner, data, slopes, dtype, rtol, keys)
 
     def scaled(self, scale: float | Tensor) -> LowRank:
         r"""Return a multiple :math:`c M`: the block of c times the loss. V is scaled by :math:`\sqrt c`.

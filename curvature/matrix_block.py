@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.axes import Axes
 from curvature.block import Block, Parts, check_vectors, result_dtype
+from curvature.precision import without_autocast
 
 
 class MatrixBlock(Block):
@@ -41,6 +42,7 @@ class MatrixBlock(Block):
         """Shapes of the parameters that the block acts on: one, or two (weight and bias)."""
         return _shapes(self.axes, *self.sizes, self.joint)
 
+    @without_autocast
     def matvec(self, *vectors: Tensor) -> Parts:
         """Return ``M v``, shaped like the vectors.
 

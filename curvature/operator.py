@@ -97,7 +97,7 @@ class BlockDiagonalOperator:
             >>> BlockDiagonalOperator.of_parameters([("w", w)], "diag_ggn_exact").trace()
             tensor(3.)
         """
-        found: dict[int, tuple[Block, list[tuple[str, torch.Size]]]] = {}
+        found: dict[int, tuple[Block, list[tuple[str, Tensor]]]] = {}
         order = []
         for name, p in named_parameters:
             if not p.requires_grad:
@@ -112,7 +112,7 @@ class BlockDiagonalOperator:
                     "or pass only the parameters that are covered."
                 )
             order.append(name)
-            found.setdefault(id(block), (block, []))[1].append((name, p.shape))
+            found.setdefault(id(block), (block, []))[1].append((name, p))
         return cls({_in_order(b, named): b for b, named in found.values()}, order)
 
     def __getitem__(self, name: str) -> Block:
@@ -373,12 +373,18 @@ def _decomposed(block: Block) -> Block:
     return found if isinstance(found, Block) else block
 
 
-def _in_order(block: Block, named: Sequence[tuple[str, torch.Size]]) -> tuple[str, ...]:
+def _in_order(block: Block, parameters: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
     """Return the names of a block's parameters in the order of its shapes.
 
     Raises:
         ValueError: If the shapes are others, or come in another order.
     """
+    keys = getattr(block, "keys", None)
+    if keys is not None:
+        names = {id(p): name for name, p in parameters}
+        if names.keys() == set(keys):
+            return tuple(names[key] for key in keys)
+    named = [(name, p.shape) for name, p in parameters]
     # of a joint block, the weight has more axes than the bias and comes first
     weight_first = sorted(named, key=lambda pair: -len(pair[1]))
     for order in (named, weight_first):
