@@ -58,7 +58,8 @@ class FactorExtension(Extension):
         return store[name]
 
     def _add(self, store: dict, name: str, unit: Unit) -> None:
-        store["bytes"] += store[name].add(unit)
+        other = store.get("slopes" if name == "columns" else "columns")
+        store["bytes"] += store[name].add(unit, None if other is None else other.inputs_of(unit))
         if self.marked:
             marks = store.setdefault("marks", {})
             marks[name] = marks.get(name, 0.0) + _size(unit)

@@ -79,8 +79,25 @@ class FactorStore:
         self.dtypes: set[torch.dtype] = set()  # of what is kept
         self.held: dict[int, int] = {}  # bytes of tensors, by where they are in memory
 
-    def add(self, unit: Unit) -> int:
-        """Take one layer's vectors; return how many more bytes it takes to keep them."""
+    def inputs_of(self, unit: Unit) -> Tensor | OneHot | None:
+        """Return the inputs of a layer's calls if they are kept, of all data."""
+        layer = self.layers.get(unit.key)
+        if layer is not None and self.data is None:
+            for piece in layer.pieces.values():
+                if piece.sites == tuple(unit.sites):
+                    return piece.a
+        return None
+
+    def add(self, unit: Unit, inputs: Tensor | OneHot | None = None) -> int:
+        """Take one layer's vectors.
+
+        Args:
+            unit: The layer.
+            inputs: Its inputs, if another store has them already; they may be costly to form.
+
+        Returns:
+            How many more bytes it takes to keep inputs and vectors.
+        """
         layer = self.layers.get(unit.key)
         if layer is None:
             roles = unit.parameters
@@ -92,7 +109,7 @@ class FactorStore:
             b = {role: self._kept(widen(unit.grads(role)), 1, data) for role in unit.parameters}
             self.width, a = len(next(iter(b.values()))), None
         else:
-            b, a = self._kept(widen(unit.b), 2, data), unit.a
+            b, a = self._kept(widen(unit.b), 2, data), unit.a if inputs is None else inputs
             if isinstance(a, OneHot):
                 a = a if data is None else a.select(data)
             else:

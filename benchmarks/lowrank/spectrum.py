@@ -70,8 +70,15 @@ ROWS = (
     Row(
         "exact spectrum",
         lambda ggn: ggn.eigvalsh(),
+        {"gradients": False},
         products=_exact,
         goals={"mlp": 10.0, "cnn": 14.0},
+    ),
+    Row(
+        "the same, dtype=float32",
+        lambda ggn: ggn.eigvalsh(),
+        {"gradients": False, "dtype": torch.float32},
+        products=_exact,
     ),
     Row(PAIRS, lambda ggn: ggn.eigh(TOP), products=_exact, goals={"mlp": 12.0, "cnn": 16.0}),
     Row(
@@ -88,7 +95,7 @@ ROWS = (
     Row(
         "one MC sample: spectrum",
         lambda ggn: ggn.eigvalsh(),
-        {"fisher": "mc"},
+        {"fisher": "mc", "gradients": False},
         lambda s: s.sweep(1) + s.each("gram", 1),
         {"mlp": 2.2, "cnn": 2.5},
     ),
