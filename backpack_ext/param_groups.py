@@ -67,6 +67,8 @@ def checked_groups(owner: str, param_groups) -> Groups:
         name = str(group.get("name", k)) if given else str(k)
         if name in found:
             raise ValueError(f"{owner}: two groups of parameters have the name {name!r}.")
+        if given and "params" not in group:
+            raise ValueError(f'{owner}: group {name} is a dictionary without "params".')
         if not isinstance(members, Iterable) or isinstance(members, str):
             raise ValueError(f"{owner}: group {name} is {members!s:.60}; {wanted}.")
         found[name] = list(members)
