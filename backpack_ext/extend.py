@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext.attach import tie
+from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.context import recording, tying
 from backpack_ext.engine import on_model_output, on_unrecorded_output
 from backpack_ext.errors import RecordingError
@@ -93,6 +94,7 @@ def extend(
     for axis in axes.values():
         if not isinstance(axis, int) or axis < 0:
             raise ValueError(f"batch_axis={batch_axis!r}: expected axes 0, 1, ... or a mapping to them.")
+    keep_out_of_compilation()
     paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
     unknown = sorted(set(axes) - paths)
     if unknown:

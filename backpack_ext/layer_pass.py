@@ -28,6 +28,7 @@ from backpack_ext.sharing import sharing, sharing_of
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
+from curvature.decomposition import widen
 
 
 class LayerPass(Receiver):
@@ -271,7 +272,7 @@ class LayerPass(Receiver):
         self.expected[site] = True
         if self.main:
             if self.scale.multiplier != 1:
-                g = g / self.scale.multiplier
+                g = widen(g) / self.scale.multiplier  # which may be too small for float16
             self._deliver(self.main, self.pending, site, g)
         elif not self.holds and not site.shared:
             site.release()
