@@ -15,7 +15,8 @@ from backpack_ext.site import Site, roots
 def parameter_paths() -> dict[int, str]:
     """Return the paths of all parameters of the models that were called, by id, in the models' order."""
     found: dict[int, str] = {}
-    for model in roots:
+    # a part may have been called on its own as well, when checkpointing recomputes it, for instance
+    for model in sorted(roots, key=lambda model: -sum(1 for _ in model.parameters())):
         for path, p in model.named_parameters():
             found.setdefault(id(p), path)
     return found

@@ -21,7 +21,7 @@ from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
 from backpack_ext.rules.base import look_up
 from backpack_ext.sharing import sharing
-from backpack_ext.site import NoChecks, Site, roots
+from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
 
 
 class _Running(NamedTuple):
@@ -266,6 +266,8 @@ class SiteHook(Hook):
             lists = rule.lists(module, inputs)
             if lists and running is not None and running.listed and wanted:
                 running = self._count(module, lists, output, running)
+        if rule is None and not recorded:  # a pass that reaches it shall raise
+            recorded = wanted and any(map(is_no_parameter, module._parameters.values()))
         if not (recorded and wanted and isinstance(output, Tensor)) or output.grad_fn is None:
             return
         parameters = (

@@ -25,7 +25,7 @@ from backpack_ext.pending import Pending
 from backpack_ext.quiet import Quiet
 from backpack_ext.rules.base import Rule
 from backpack_ext.sharing import sharing, sharing_of
-from backpack_ext.site import Site
+from backpack_ext.site import Site, is_no_parameter
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
 from curvature.decomposition import widen
@@ -136,7 +136,8 @@ class LayerPass(Receiver):
                     f"{type(ext).__name__} needs the loss, but the gradient reached "
                     f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
                     "loss module with backpack_ext.extend, or tie a scalar that no module computes "
-                    "to a loss with backpack_ext.attach_loss."
+                    "to a loss with backpack_ext.attach_loss. If it is checkpointed, pass "
+                    "use_reentrant=False."
                 )
         self._flush(self.main, self.pending)
         missing = [site.label for site, passed in self.expected.items() if not passed]
@@ -204,6 +205,14 @@ class LayerPass(Receiver):
 
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""
+        for site in reach.sites:
+            for role, p in site.parameters.items():
+                if is_no_parameter(p):
+                    raise RecordingError(
+                        f"{site.label}: its {role} is a plain tensor (torch.func.functional_call?), but "
+                        "quantities are those of Parameters, and land on them. Pass nn.Parameter("
+                        "tensor.detach()) in its place, or copy the values into the model."
+                    )
         for ext in self.extensions:
             if not ext.needs_layers:
                 continue

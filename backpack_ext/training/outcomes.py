@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from math import sqrt
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.graph import Node
 
-from backpack_ext.training.problems import NETWORKS, Problem, problem
+from backpack_ext.training.problems import Problem, problem
 from backpack_ext.training.quantities import QUANTITIES, Quantity, Results, step
 from backpack_ext.training.ways import WAYS, Elsewhere, Way
 
@@ -57,11 +56,11 @@ def tolerance(network: str, quantity: Quantity, dtype: torch.dtype) -> float:
     Each of the K operations on the longest way forward and back rounds its result, by at most half of
     ``eps`` relative to its size. The errors are as good as independent, so they add up to
     :math:`\sqrt K \, \mathrm{eps} / 2`, as many times as the gradient enters the quantity. Sums (in
-    float32 at least) and cancellation make that larger, hence a factor of 4. Eigenvectors turn by a
+    float32 at least) and cancellation make that larger, hence a factor of 2. Eigenvectors turn by a
     rounding error over the gap between eigenvalues, at least 1e-3 of them here, in the precision
     that they are computed in, float32 at least.
     """
-    size = 4 * sqrt(operations(network)) * quantity.power / 2
+    size = 2 * quantity.power * sqrt(operations(network)) / 2
     if quantity.name == "EKFAC":
         wide = torch.promote_types(dtype, torch.float32)
         return size * max(torch.finfo(dtype).eps, 1e3 * torch.finfo(wide).eps)
@@ -93,8 +92,10 @@ def compare(found: Results, wanted: Results, tolerated: float, some: bool) -> Ou
 _prepared: dict[tuple[str, str], Problem] = {}
 
 
-def outcome(way: Way, quantity: Quantity, network: str) -> Outcome:
+@cache
+def outcome(way_name: str, quantity_name: str, network: str) -> Outcome:
     """Try a way with a quantity and a network."""
+    way, quantity = WAYS[way_name], QUANTITIES[quantity_name]
     if quantity.make is None and not way.kernel:
         return Outcome("-")
     wanted = expected(network, quantity.name)
@@ -117,19 +118,11 @@ def outcome(way: Way, quantity: Quantity, network: str) -> Outcome:
 def _problem(way: Way, network: str) -> Problem:
     if way.prepare is None:
         return problem(network)
-    key = (way.name, network)
-    if key not in _prepared:
-        torch._dynamo.reset()
+    if all(name != way.name for name, _ in _prepared):
         _prepared.clear()
+        torch._dynamo.reset()
+    if (way.name, network) not in _prepared:
         made = problem(network)
         way.prepare(made)
-        _prepared[key] = made
-    return _prepared[key]
-
-
-def outcomes() -> Iterator[tuple[str, str, str, Outcome]]:
-    """Yield what comes of every way, network and quantity."""
-    for way in WAYS.values():
-        for network in NETWORKS:
-            for quantity in QUANTITIES.values():
-                yield way.name, network, quantity.name, outcome(way, quantity, network)
+        _prepared[way.name, network] = made
+    return _prepared[way.name, network]

@@ -84,7 +84,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("KFAC reduce mc", lambda: KFAC("reduce", fisher="mc")),
         Quantity("KFAC expand empirical", lambda: KFAC("expand", fisher="empirical")),
         Quantity("KFAC reduce empirical", lambda: KFAC("reduce", fisher="empirical")),
-        Quantity("EKFAC", lambda: EKFAC(fisher="exact"), join=None),
+        Quantity("EKFAC", lambda: EKFAC(fisher="exact")),
         Quantity("HesScale", HesScale),
         Quantity("BL89", BL89),
         Quantity("LowRankGGN", LowRankGGN),

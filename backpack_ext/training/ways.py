@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backpack_ext.context import backpack
 from backpack_ext.dataset import collect
 from backpack_ext.extend import extend
+from backpack_ext.lowrank_ggn import LowRankGGN
 from backpack_ext.training.problems import CLASSES, Problem
 from backpack_ext.training.quantities import Quantity, Results, dense, forget, gradients, kept, step
 
@@ -154,7 +156,7 @@ def _accumulate(problem: Problem, quantity: Quantity) -> Results:
     )
 
 
-@way("``dataset.collect`` over micro batches")
+@way("``dataset.collect`` over micro batches", some=True)
 def _collect(problem: Problem, quantity: Quantity) -> Results:
     ext = quantity.extension()
 
@@ -163,14 +165,9 @@ def _collect(problem: Problem, quantity: Quantity) -> Results:
 
     found = collect(problem.model, problem.loss_fn, PARTS, ext, forward=forward, progress=False)
     found = found[ext.savefield]
-    if quantity.name == "LowRankGGN":
+    if isinstance(ext, LowRankGGN):
         found = {"": next(iter(found.values()))}
     return dense(found)
-
-
-WAYS["``dataset.collect`` over micro batches"] = Way(
-    "``dataset.collect`` over micro batches", _collect, some=True
-)
 
 
 # -- the forward pass ------------------------------------------------------------------------------
@@ -191,31 +188,52 @@ def _offloaded(problem: Problem, quantity: Quantity) -> Results:
         return step(problem, quantity)
 
 
-def _compile_first(backend: str, problem: Problem) -> None:
-    inner = copy.deepcopy(problem.model)
-    problem.model = inner
-    problem.call = extend(torch.compile(inner, backend=backend))
+def _compile_first(options: dict, problem: Problem) -> None:
+    problem.call = extend(torch.compile(problem.model, **options))
 
 
-def _extend_first(backend: str, problem: Problem) -> None:
-    problem.call = torch.compile(problem.model, backend=backend)
+def _extend_first(options: dict, problem: Problem) -> None:
+    problem.call = torch.compile(problem.model, **options)
 
 
-def _compile_part(backend: str, problem: Problem) -> None:
-    problem.model.body.compile(backend=backend)
+def _compile_part(options: dict, problem: Problem) -> None:
+    problem.model.body.compile(**options)
 
 
-for _backend in ("eager", "aot_eager"):
-    for _order, _prepare in (
-        ("before ``extend``", _compile_first),
-        ("after ``extend``", _extend_first),
-        ("of a part", _compile_part),
-    ):
-        way(
-            f"``torch.compile`` ({_backend}) {_order}",
-            kernel=True,
-            prepare=partial(_prepare, _backend),
-        )(step)
+_ORDERS = {
+    "before ``extend``": _compile_first,
+    "after ``extend``": _extend_first,
+    "of a part": _compile_part,
+}
+
+
+def _compiled(donated: bool, problem: Problem, quantity: Quantity) -> Results:
+    # what is compiled for one model must not count for the next
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 2**10}
+    with torch._dynamo.config.patch(limits):
+        if donated:
+            return step(problem, quantity)
+        with torch._functorch.config.patch(donated_buffer=False):
+            return step(problem, quantity)
+
+
+for _order, _prepare in _ORDERS.items():
+    way(
+        f"``torch.compile`` {_order}, backend eager",
+        kernel=True,
+        prepare=partial(_prepare, {"backend": "eager"}),
+    )(partial(_compiled, True))
+    way(
+        f"``torch.compile`` {_order}, backend aot_eager, "
+        "``torch._functorch.config.donated_buffer = False``",
+        kernel=True,
+        prepare=partial(_prepare, {"backend": "aot_eager", "dynamic": True}),
+    )(partial(_compiled, False))
+way(
+    "``torch.compile``, backend aot_eager, dynamic shapes, donated buffers",
+    kernel=True,
+    prepare=partial(_extend_first, {"backend": "aot_eager", "dynamic": True}),
+)(partial(_compiled, True))
 
 
 @way("``functional_call`` with Parameters")
@@ -233,9 +251,7 @@ def _functional_computed(problem: Problem, quantity: Quantity) -> Results:
     return _functional_call(problem, quantity, lambda p: 1.0 * p)
 
 
-def _functional_call(
-    problem: Problem, quantity: Quantity, make: Callable[[Tensor], Tensor]
-) -> Results:
+def _functional_call(problem: Problem, quantity: Quantity, make: Callable[[Tensor], Tensor]) -> Results:
     given = {name: make(p) for name, p in problem.model.named_parameters()}
     for t in given.values():
         if not t.is_leaf:
@@ -244,11 +260,24 @@ def _functional_call(
     ext = quantity.extension()
     with backpack(ext):
         problem.loss().backward()
-    found = {name: getattr(t, ext.savefield, None) for name, t in given.items()}
-    found = {name: value for name, value in found.items() if value is not None}
-    if quantity.name == "LowRankGGN" and found:
-        found = {"": next(iter(found.values()))}
-    return dense(found) | {f"grad {k}": t.grad for k, t in given.items()}
+    found = kept(ext, problem.model)  # on what the tensors were computed from
+    found |= {name: getattr(t, ext.savefield) for name, t in given.items() if hasattr(t, ext.savefield)}
+    grads = {f"grad {k}": t.grad for k, t in given.items()}
+    if isinstance(ext, LowRankGGN) and found:  # whose parameters come in another order
+        block = next(iter(found.values()))
+        return {"": _ordered(block.to_dense(), ext, list(given.values()))} | grads
+    return dense(found) | grads
+
+
+def _ordered(matrix: Tensor, ext: LowRankGGN, wanted: list[Tensor]) -> Tensor:
+    """Bring the rows and columns of all parameters together into another order."""
+    (own,) = ext._parameters.values()
+    places, start = {}, 0
+    for p in own:
+        places[id(p)] = torch.arange(start, start + p.numel())
+        start += p.numel()
+    order = torch.cat([places[id(p)] for p in wanted])
+    return matrix[order][:, order]
 
 
 def _with(model: nn.Module, given: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -488,8 +517,3 @@ def _pickled(problem: Problem, quantity: Quantity) -> Results:
     problem.model = problem.call = pickle.loads(pickle.dumps(problem.model))
     problem.loss_fn = pickle.loads(pickle.dumps(problem.loss_fn))
     return step(problem, quantity)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
