@@ -248,33 +248,35 @@ class LayerPass(Receiver):
 
     def _sweep(self, call: LossCall, reach: Reach, batch: int, group: list[Extension]) -> None:
         """Run one sweep for all extensions that share its vectors."""
-        first = group[0]
+        first, pending = group[0], Pending()
+        deliver = partial(self._deliver, group, pending)
+        # in float16, where a scaler is needed, vectors travel in size one and are made smaller behind
+        seeded = self.scale.multiplier == 1
         with self._quiet(call.z):
             if first.vectors.kind == "mc":
                 count, generator = first.vectors.samples, first.generator(call.z.device)
                 size = sqrt(self.scale.value / count)
+                start = size if seeded else 1.0
 
                 def columns(a: int, b: int) -> Tensor:
-                    return torch.stack([size * call.sample(generator) for _ in range(a, b)])
+                    return torch.stack([start * call.sample(generator) for _ in range(a, b)])
 
             else:
                 count = call.columns(batch)
                 for ext in group:
                     _check_columns(ext, count)
                 size = sqrt(self.scale.value)
+                start = size if seeded else 1.0
 
                 def columns(a: int, b: int) -> Tensor:
-                    return size * call.exact(batch, a, b)
+                    return start * call.exact(batch, a, b)
 
-            pending = Pending()
-            sweep(
-                call.start,
-                reach,
-                columns,
-                count,
-                partial(self._deliver, group, pending),
-                partial(self._flush, group, pending),
-            )
+            if not seeded:
+
+                def deliver(site: Site, g: Tensor) -> None:
+                    self._deliver(group, pending, site, size * widen(g))
+
+            sweep(call.start, reach, columns, count, deliver, partial(self._flush, group, pending))
 
     def deliver(self, site: Site, g: Tensor) -> None:
         """Take the main backward's own gradient at a layer's output."""

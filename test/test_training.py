@@ -1,7 +1,7 @@
 """Every way of training is right, or refused by a message, for every quantity.
 
-The table says what is refused; everything else has to agree with a plain step in float64, which the first
-test compares with autograd's own derivatives.
+The table says what is refused; everything else has to agree with a plain step in float64, which a test
+compares with autograd's own derivatives.
 """
 
 import shutil
@@ -214,20 +214,23 @@ def test_results_are_in_float32(network: str, dtype: torch.dtype):
         assert kinds == {torch.float32}, quantity.name
 
 
-SMALL = (BatchGrad, BatchL2Grad, SumGradSquared, Variance, HesScale, lambda: KFAC(fisher="empirical"))
+SMALL = (
+    *(BatchGrad, BatchL2Grad, SumGradSquared, Variance, HesScale, DiagGGN),
+    *(lambda: KFAC(fisher="empirical"), lambda: KFAC(fisher="exact")),
+)
 
 
 @pytest.mark.parametrize("make", SMALL)
 def test_what_float16_cannot_hold(make: Callable):
-    """Squares of small gradients, and gradients without the scaler's factor, need float32."""
-    size = 2.0**-14
+    """Squares of small gradients, and vectors without the scaler's factor, need float32."""
+    size = 2.0**-30
     at = problem("MLP")
     exts = make(), make()
     with backpack(exts[0]):
         (at.loss() * size).backward()
     wanted = [getattr(p, exts[0].savefield) for p in at.model.parameters()]
     low = problem("MLP").to(torch.float16)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     with backpack(exts[1], grad_scaler=scaler):
         scaler.scale(low.loss().float() * size).backward()
     for p, w in zip(low.model.parameters(), wanted, strict=True):
@@ -270,7 +273,7 @@ def test_compilation_of_the_whole_graph_is_refused():
     torch._dynamo.reset()
     at = problem("MLP")
     at.call = torch.compile(at.model, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="hook|skip"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"hook|skip"):
         step(at, QUANTITIES["BatchGrad"])
     torch._dynamo.reset()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 
 import torch
@@ -20,6 +20,11 @@ from backpack_ext.kfac import KFAC
 from backpack_ext.lowrank_ggn import LowRankGGN
 from backpack_ext.ntk import NTK
 from backpack_ext.training.problems import Problem
+
+
+def _sum(parts: list) -> object:
+    return reduce(add, parts)
+
 
 # Results by parameter, those of the whole model under "".
 Results = dict[str, Tensor]
@@ -40,7 +45,7 @@ class Quantity:
     name: str
     make: Callable[[], Extension] | None
     power: int = 2
-    join: Callable[[list], object] | None = partial(reduce, add)
+    join: Callable[[list], object] | None = _sum
 
     def extension(self) -> Extension:
         """Return a new extension; samples of all of them are the same."""

@@ -182,6 +182,32 @@ way("activation checkpointing, ``use_reentrant=False``", kernel=True)(partial(_c
 way("activation checkpointing, ``use_reentrant=True``", kernel=True)(partial(_checkpointed, True))
 
 
+@way("dropout in a checkpoint, ``use_reentrant=False``")
+def _dropout(problem: Problem, quantity: Quantity) -> Found:
+    found = []
+    problem.model.train()
+    problem.model.drop.p = 0.0
+    for how in (None, partial(checkpoint, use_reentrant=False)):
+        problem.model.around = _Dropped(how)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            found.append(step(problem, quantity))
+    return found[1], found[0]
+
+
+class _Dropped:
+    """Calls a module and dropout, in a checkpoint maybe."""
+
+    def __init__(self, how: Callable | None):
+        self.how = how
+
+    def __call__(self, body: nn.Module, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return nn.functional.dropout(body(x))
+
+        return run(x) if self.how is None else self.how(run, x)
+
+
 @way("activations offloaded (``save_on_cpu``)", kernel=True)
 def _offloaded(problem: Problem, quantity: Quantity) -> Results:
     with torch.autograd.graph.save_on_cpu():
