@@ -223,14 +223,14 @@ SMALL = (
 @pytest.mark.parametrize("make", SMALL)
 def test_what_float16_cannot_hold(make: Callable):
     """Squares of small gradients, and vectors without the scaler's factor, need float32."""
-    size = 2.0**-30
+    size = 2.0**-40
     at = problem("MLP")
     exts = make(), make()
     with backpack(exts[0]):
         (at.loss() * size).backward()
     wanted = [getattr(p, exts[0].savefield) for p in at.model.parameters()]
     low = problem("MLP").to(torch.float16)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     with backpack(exts[1], grad_scaler=scaler):
         scaler.scale(low.loss().float() * size).backward()
     for p, w in zip(low.model.parameters(), wanted, strict=True):
