@@ -235,7 +235,7 @@ class BackwardPass:
             for ext, running in self.passes.items():
                 self.stores[ext] = running.finish(self.scale.multiplier)
                 if not self.stores[ext]:
-                    warn_of_nothing(ext)
+                    _warn_of_nothing(ext)
             for ext, store in self.stores.items():
                 if _sink is not None:
                     _sink(ext, store, self.scale.value)
@@ -276,7 +276,7 @@ class BackwardPass:
                     )
 
 
-def warn_of_nothing(ext: Extension) -> None:
+def _warn_of_nothing(ext: Extension) -> None:
     """Warn that a recursion has found no parameter."""
     warnings.warn(
         f"{type(ext).__name__} found no parameter behind the loss, and computed nothing. Tensors that "

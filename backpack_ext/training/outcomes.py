@@ -55,16 +55,17 @@ def tolerance(network: str, quantity: Quantity, dtype: torch.dtype) -> float:
 
     Each of the K operations on the longest way forward and back rounds its result, by at most half of
     ``eps`` relative to its size. The errors are as good as independent, so they add up to
-    :math:`\sqrt K \, \mathrm{eps} / 2`, as many times as the gradient enters the quantity. Sums (in
-    float32 at least) and cancellation make that larger, hence a factor of 2. Eigenvectors turn by a
-    rounding error over the gap between eigenvalues, at least 1e-3 of them here, in the precision
-    that they are computed in, float32 at least.
+    :math:`\sqrt K \, \mathrm{eps} / 2`, as many times as the gradient enters the quantity. Cancellation
+    makes that larger, hence a factor of 2. Sums are in float32 at least: from float32 on their up to 64
+    terms round as well, hence another one of 8. Eigenvectors turn by a rounding error over the gap
+    between eigenvalues, at least 1e-3 of them here, in the precision that they are computed in.
     """
-    size = 2 * quantity.power * sqrt(operations(network)) / 2
+    size, eps = quantity.power * sqrt(operations(network)), torch.finfo(dtype).eps
+    tolerated = size * eps * (8 if dtype.itemsize >= 4 else 1)
     if quantity.name == "EKFAC":
-        wide = torch.promote_types(dtype, torch.float32)
-        return size * max(torch.finfo(dtype).eps, 1e3 * torch.finfo(wide).eps)
-    return size * torch.finfo(dtype).eps
+        wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        return max(tolerated, 1e3 * size * wide)
+    return tolerated
 
 
 def compare(found: Results, wanted: Results, tolerated: float, some: bool) -> Outcome:
