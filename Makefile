@@ -29,6 +29,7 @@ format: $(STAMP)
 
 tables: $(STAMP)
 	$(BIN)/python -m backpack_ext.support README.rst
+	$(BIN)/python -m backpack_ext.training README.rst
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -10,6 +10,7 @@ from backpack.context import CTX
 from backpack.utils.hooks import no_op
 from torch import nn
 
+from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.extension import Extension
 
 
@@ -52,6 +53,7 @@ class backpack(_backpack.backpack):
         self.computed = False
 
     def __enter__(self) -> backpack:
+        keep_out_of_compilation()
         super().__enter__()
         self._outer, backpack.current = backpack.current, self
         self.computed = False

@@ -13,6 +13,7 @@ What is about layers is in `backpack_ext.layer_pass`, and happens only if someon
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
@@ -233,6 +234,8 @@ class BackwardPass:
                 layers.finish()
             for ext, running in self.passes.items():
                 self.stores[ext] = running.finish(self.scale.multiplier)
+                if not self.stores[ext]:
+                    _warn_of_nothing(ext)
             for ext, store in self.stores.items():
                 if _sink is not None:
                     _sink(ext, store, self.scale.value)
@@ -271,3 +274,13 @@ class BackwardPass:
                         "loss with backpack_ext.attach_loss, or to a Hessian diagonal with "
                         "backpack_ext.attach_diagonal."
                     )
+
+
+def _warn_of_nothing(ext: Extension) -> None:
+    """Warn that a recursion has found no parameter."""
+    warnings.warn(
+        f"{type(ext).__name__} found no parameter behind the loss, and computed nothing. Tensors that "
+        "require a gradient but are no torch.nn.Parameter count as inputs; where "
+        "torch.func.functional_call gives them to a model, pass nn.Parameter(tensor.detach()).",
+        stacklevel=2,
+    )

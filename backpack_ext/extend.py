@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext.attach import tie
+from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.context import recording, tying
 from backpack_ext.engine import on_model_output, on_unrecorded_output
 from backpack_ext.errors import RecordingError
@@ -20,7 +21,7 @@ from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
 from backpack_ext.rules.base import look_up
 from backpack_ext.sharing import sharing
-from backpack_ext.site import NoChecks, Site, roots
+from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
 
 
 class _Running(NamedTuple):
@@ -93,6 +94,7 @@ def extend(
     for axis in axes.values():
         if not isinstance(axis, int) or axis < 0:
             raise ValueError(f"batch_axis={batch_axis!r}: expected axes 0, 1, ... or a mapping to them.")
+    keep_out_of_compilation()
     paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
     unknown = sorted(set(axes) - paths)
     if unknown:
@@ -264,6 +266,8 @@ class SiteHook(Hook):
             lists = rule.lists(module, inputs)
             if lists and running is not None and running.listed and wanted:
                 running = self._count(module, lists, output, running)
+        if rule is None and not recorded:  # a pass that reaches it shall raise
+            recorded = wanted and any(map(is_no_parameter, module._parameters.values()))
         if not (recorded and wanted and isinstance(output, Tensor)) or output.grad_fn is None:
             return
         parameters = (

@@ -127,14 +127,17 @@ class Extension(BackpropExtension):
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that samples are drawn from, on ``device``."""
         if self._generator is None:
-            seed = (torch.initial_seed() + 7919 * self._order) % 2**63
-            self._generator = torch.Generator(device).manual_seed(seed)
+            self._generator = self._new_generator(device)
         if self._generator.device.type != device.type:
             raise ValueError(
                 f"{type(self).__name__}: the generator lives on {self._generator.device}, the "
                 f"network's output on {device}. Pass a torch.Generator({str(device)!r})."
             )
         return self._generator
+
+    def _new_generator(self, device: torch.device | str) -> torch.Generator:
+        seed = (torch.initial_seed() + 7919 * self._order) % 2**63
+        return torch.Generator(device).manual_seed(seed)
 
     def sweep_key(self) -> tuple:
         """Extensions with equal keys share one sweep."""
@@ -143,9 +146,16 @@ class Extension(BackpropExtension):
             return ("mc", self.vectors.samples, shared)
         return (self.vectors.kind,)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of the random generator, if one was used."""
-        return {} if self._generator is None else {"generator": self._generator.get_state()}
+    def state_dict(self, device: str = "cpu") -> dict[str, Tensor]:
+        """Return the state of the random generator, if the extension draws samples.
+
+        Args:
+            device: Where the generator will live, if it has not been used yet.
+        """
+        if self._generator is None and self.vectors.kind not in ("mc", "diagonal"):
+            return {}
+        generator = self._generator or self._new_generator(device)
+        return {"generator": generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor], device: str = "cpu") -> None:
         """Restore what `state_dict` returned; ``device`` is where the generator shall live."""

@@ -25,9 +25,10 @@ from backpack_ext.pending import Pending
 from backpack_ext.quiet import Quiet
 from backpack_ext.rules.base import Rule
 from backpack_ext.sharing import sharing, sharing_of
-from backpack_ext.site import Site
+from backpack_ext.site import Site, is_no_parameter
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
 from backpack_ext.unit import Unit
+from curvature.decomposition import widen
 
 
 class LayerPass(Receiver):
@@ -135,7 +136,8 @@ class LayerPass(Receiver):
                     f"{type(ext).__name__} needs the loss, but the gradient reached "
                     f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
                     "loss module with backpack_ext.extend, or tie a scalar that no module computes "
-                    "to a loss with backpack_ext.attach_loss."
+                    "to a loss with backpack_ext.attach_loss. If it is checkpointed, pass "
+                    "use_reentrant=False."
                 )
         self._flush(self.main, self.pending)
         missing = [site.label for site, passed in self.expected.items() if not passed]
@@ -203,6 +205,14 @@ class LayerPass(Receiver):
 
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""
+        for site in reach.sites:
+            for role, p in site.parameters.items():
+                if is_no_parameter(p):
+                    raise RecordingError(
+                        f"{site.label}: its {role} is a plain tensor (torch.func.functional_call?), but "
+                        "quantities are those of Parameters, and land on them. Pass nn.Parameter("
+                        "tensor.detach()) in its place, or copy the values into the model."
+                    )
         for ext in self.extensions:
             if not ext.needs_layers:
                 continue
@@ -238,40 +248,42 @@ class LayerPass(Receiver):
 
     def _sweep(self, call: LossCall, reach: Reach, batch: int, group: list[Extension]) -> None:
         """Run one sweep for all extensions that share its vectors."""
-        first = group[0]
+        first, pending = group[0], Pending()
+        deliver = partial(self._deliver, group, pending)
+        # in float16, where a scaler is needed, vectors travel in size one and are made smaller behind
+        seeded = self.scale.multiplier == 1
         with self._quiet(call.z):
             if first.vectors.kind == "mc":
                 count, generator = first.vectors.samples, first.generator(call.z.device)
                 size = sqrt(self.scale.value / count)
+                start = size if seeded else 1.0
 
                 def columns(a: int, b: int) -> Tensor:
-                    return torch.stack([size * call.sample(generator) for _ in range(a, b)])
+                    return torch.stack([start * call.sample(generator) for _ in range(a, b)])
 
             else:
                 count = call.columns(batch)
                 for ext in group:
                     _check_columns(ext, count)
                 size = sqrt(self.scale.value)
+                start = size if seeded else 1.0
 
                 def columns(a: int, b: int) -> Tensor:
-                    return size * call.exact(batch, a, b)
+                    return start * call.exact(batch, a, b)
 
-            pending = Pending()
-            sweep(
-                call.start,
-                reach,
-                columns,
-                count,
-                partial(self._deliver, group, pending),
-                partial(self._flush, group, pending),
-            )
+            if not seeded:
+
+                def deliver(site: Site, g: Tensor) -> None:
+                    self._deliver(group, pending, site, size * widen(g))
+
+            sweep(call.start, reach, columns, count, deliver, partial(self._flush, group, pending))
 
     def deliver(self, site: Site, g: Tensor) -> None:
         """Take the main backward's own gradient at a layer's output."""
         self.expected[site] = True
         if self.main:
             if self.scale.multiplier != 1:
-                g = g / self.scale.multiplier
+                g = widen(g) / self.scale.multiplier  # which may be too small for float16
             self._deliver(self.main, self.pending, site, g)
         elif not self.holds and not site.shared:
             site.release()

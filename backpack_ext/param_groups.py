@@ -21,7 +21,8 @@ class Places:
         self.order: dict[int, int] = {}
         self.paths: dict[int, str] = {}
         self.owners: dict[int, int] = {}  # the module that holds a parameter, by id
-        for model in roots:
+        # a part may have been called on its own as well, when checkpointing recomputes it, for instance
+        for model in sorted(roots, key=lambda model: -sum(1 for _ in model.parameters())):
             for path, module in model.named_modules():
                 for name, p in module._parameters.items():
                     if p is not None and id(p) not in self.order:

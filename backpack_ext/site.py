@@ -256,6 +256,11 @@ class Site:
     __del__ = release
 
 
+def is_no_parameter(value: Tensor | None) -> bool:
+    """Whether what stands for a module's parameter is another tensor, given by ``functional_call``."""
+    return type(value) is Tensor
+
+
 def has_site_hook(module: nn.Module) -> bool:
     """Whether `extend` has put a recording hook on a module."""
     return any(getattr(h, "records_sites", False) for h in module._forward_hooks.values())

@@ -8,9 +8,7 @@ between the two markers in a file.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 
 from backpack_ext import EKFAC, KFAC, BatchGrad, DiagGGN, Extension, UnsupportedError, backpack, extend
 from backpack_ext.rules import RULES
+from backpack_ext.tables import list_table, main
 from curvature import DenseBlock, DiagonalBlock, Kronecker, KroneckerEigen, KroneckerSum
 
-BEGIN = ".. The following table is written by ``make tables``.\n"
-END = ".. End of the table.\n"
+COMMAND = "backpack_ext.support"
 
 COLUMNS = ("KFAC", "EKFAC", "DiagGGN", "per-sample quantities")
 
@@ -278,27 +276,10 @@ def table() -> str:
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, cells in rows():
         alike.setdefault(cells, []).append(name)
-    lines = [".. list-table::", "   :header-rows: 1", ""]
-    for row in (("module", *COLUMNS), *((_joined(names), *cells) for cells, names in alike.items())):
-        lines += [f"   {'*' if k == 0 else ' '} - {cell}" for k, cell in enumerate(row)]
-    return "\n".join(lines) + "\n"
-
-
-def insert(text: str) -> str:
-    """Return a text with the table between its two markers.
-
-    Raises:
-        ValueError: If a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"Expected the lines {BEGIN!r} and {END!r}.")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+    return list_table(
+        [("module", *COLUMNS), *((_joined(names), *cells) for cells, names in alike.items())]
+    )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        path = Path(sys.argv[1])
-        path.write_text(insert(path.read_text()))
-    else:
-        sys.stdout.write(table())
+    main(COMMAND, table)

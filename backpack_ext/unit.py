@@ -73,11 +73,15 @@ class Unit:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The wider data type of inputs and vectors: under autocast they may differ."""
+        """The wider data type of inputs and vectors (autocast makes them differ), at least float32.
+
+        Squares and sums over the batch need the digits, and squares the range, of float32.
+        """
         x, g = self.sites[0].input().dtype, self.cotangents[0].dtype
         if self.rule.in_graph:  # under autocast its input was found cast already
             g = torch.promote_types(g, next(iter(self.parameters.values())).dtype)
-        return torch.promote_types(x, g) if x.is_floating_point else g
+        wide = torch.promote_types(x, g) if x.is_floating_point else g
+        return torch.float32 if wide.itemsize < 4 else wide
 
     @property
     def a(self) -> Tensor | OneHot:

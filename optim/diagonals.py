@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from backpack_ext import Extension, HesScale
@@ -118,6 +119,9 @@ class Diagonals:
                 diagonals[p] = self._with_sum(p, h)
             elif p in self._sums:
                 diagonals[p] = self._sums[p]
+            elif h is None and frozen(groups, p) and not p.grad.any():
+                # a step that changes nothing: how torch.distributed.checkpoint makes empty states
+                diagonals[p] = torch.zeros_like(p, dtype=state_dtype(p))
             else:
                 raise RuntimeError(self._missing(label) if h is None else self._stale(label))
         return diagonals
@@ -171,6 +175,11 @@ class Diagonals:
             "step needs one. A gradient that the pass did not reach has to be cleared, "
             "`opt.zero_grad()`."
         )
+
+
+def frozen(groups: list[dict], p: Tensor) -> bool:
+    """Whether the learning rate of a parameter is zero."""
+    return any(group.get("lr") == 0 and any(q is p for q in group["params"]) for group in groups)
 
 
 def with_gradient(groups: list[dict]) -> Iterator[tuple[Tensor, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from backpack_ext import support
+from backpack_ext import support, tables
 from backpack_ext.rules import RULES
 
 README = Path(__file__).parent.parent / "README.rst"
@@ -13,7 +13,7 @@ README = Path(__file__).parent.parent / "README.rst"
 
 def test_readme_has_the_table():
     text = README.read_text()
-    assert support.insert(text) == text, "run `make tables`"
+    assert tables.insert(text, support.COMMAND, support.table()) == text, "run `make tables`"
 
 
 def test_every_rule_has_an_example_of_its_class():
@@ -24,7 +24,7 @@ def test_every_rule_has_an_example_of_its_class():
 
 def test_a_text_without_markers():
     with pytest.raises(ValueError, match="Expected the lines"):
-        support.insert("nothing")
+        tables.insert("nothing", support.COMMAND, "")
 
 
 def test_rows_are_named_briefly():

@@ -244,6 +244,8 @@ def tanh(step: Step) -> Diagonals:
     if y.dtype != h.dtype or Unpacking.once:
         return (crossed(step, *_of_tanh(step.lifted(y))),)
     inner = node(h)
+    if inner is None:  # in a pass that was asked for other gradients only
+        return (crossed(step, *_of_tanh(y)),)
     return (node(inner if g is None else inner.addcmul_(y, g, value=-2)),)
 
 
@@ -255,9 +257,10 @@ def kink(derivatives: Derivatives) -> DiagonalRule:
 
     def cross(step: Step) -> Diagonals:
         (h,) = step.h
-        if step.node._input_metadata[0].dtype == h.dtype:
-            return (step.node(h),)
-        return (crossed(step, *derivatives(step)),)
+        moved = step.node(h) if step.node._input_metadata[0].dtype == h.dtype else None
+        if moved is None:  # or in a pass that was asked for other gradients only
+            moved = crossed(step, *derivatives(step))
+        return (moved,)
 
     return DiagonalRule(cross, shaped=True)
 

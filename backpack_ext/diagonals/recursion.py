@@ -13,6 +13,7 @@ the main backward pass executes them, and what they saved is still there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -325,7 +326,9 @@ class Recursion:
             return
         if op.attention is not None:
             softmax = op.attention.softmax
-            found = attention_scores(op.attention, step)
+            scores = partial(attention_scores, op.attention, step)
+            # it reads what the product itself will read again
+            found = in_a_pass_of_its_own(scores) if Unpacking.once else scores()
             softmax.extra = found if softmax.extra is None else softmax.extra + found
             step.need[op.attention.entry] = False
         if op.rule is None:

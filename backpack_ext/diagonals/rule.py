@@ -191,9 +191,25 @@ def _materialized(node: Node, arguments: Diagonals) -> Diagonals:
 
 
 def _call(node: Node, arguments: Diagonals) -> tuple[Tensor | None, ...]:
-    if Unpacking.once:
+    if Unpacking.once or not _asked_for_all(node):
         return in_a_pass_of_its_own(partial(own_pass.call, node, arguments))
     return own_pass.call(node, arguments)
+
+
+def _asked_for_all(node: Node) -> bool:
+    """Whether the running pass wants the gradient of each of an operation's inputs.
+
+    One that was asked for some gradients, ``backward(inputs=...)``, computes no others, and would have h
+    end there.
+    """
+    for child, _ in node.next_functions:
+        if child is not None:
+            try:
+                if not torch._C._will_engine_execute_node(child):
+                    return False
+            except RuntimeError:  # a leaf whose gradient `torch.autograd.grad` captures: it is wanted
+                continue
+    return True
 
 
 # How many numbers of a lower precision make one of float32: three of bfloat16.

@@ -26,7 +26,7 @@ from backpack_ext.sweep import silent
 
 # Operations that hide many others, with their parameters: random signs would say next to nothing.
 OPAQUE = {
-    "CompiledFunctionBackward": "torch.compile: compile the parts, or run the model as it is",
+    "CompiledFunctionBackward": "torch.compile: run the model as it is, or with backend='eager'",
     "MkldnnRnnLayerBackward0": "a fused kernel: extend the model, which switches it off",
     "CudnnRnnBackward0": "a fused kernel: extend the model, which switches it off",
     "MiopenRnnBackward0": "a fused kernel: extend the model, which switches it off",
