@@ -30,6 +30,7 @@ from backpack_ext.context import (
     check_savefields,
     loss_multiplier,
     note_computed,
+    processes,
 )
 from backpack_ext.diagonal_pass import DiagonalPass
 from backpack_ext.errors import RecordingError
@@ -158,7 +159,11 @@ class BackwardPass:
         self.passes: dict[Extension, DiagonalPass] = {}
         self.outputs: list[Node] = []  # of models
         self.keep, self.quiet = keeps_graph(), Quiet()
-        self.scale = LossScale(loss_multiplier(), _sink is not None)
+        self.processes = processes() if _sink is None else None
+        collected = "dataset.collect" if _sink is not None else None
+        if self.processes is not None:
+            collected = "backpack(process_group=...)"
+        self.scale = LossScale(loss_multiplier(), collected)
         # if there is none, nobody has to be kept from calling it
         self.hook = None if CTX.extension_hook is no_op else CollectingHook()
         self.layers: LayerPass | None = None
@@ -181,15 +186,16 @@ class BackwardPass:
             raise empty_batch(call.label)
         if self.layers is not None:
             self.layers.loss(call, grad)
-        elif _sink is not None:
+        elif self.scale.collected:
+            call.check()
             self.scale.note(call, grad, [])
         self._start_diagonals(call, grad)
 
     def diagonal(self, call: KnownDiagonal, grad: Tensor) -> None:
         """Start the recursions of Hessian diagonals at a scalar whose diagonal was given."""
         for ext in self.extensions:
-            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or _sink is not None:
-                what = type(ext).__name__ if _sink is None else "dataset.collect"
+            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or self.scale.collected:
+                what = self.scale.collected or type(ext).__name__
                 raise RecordingError(
                     f"{what} needs more of a loss than attach_diagonal says. Tie the value to a "
                     "loss module with backpack_ext.attach_loss."
@@ -233,6 +239,9 @@ class BackwardPass:
                 layers.finish()
             for ext, running in self.passes.items():
                 self.stores[ext] = running.finish(self.scale.multiplier)
+            if self.processes is not None:
+                with self.quiet(None):
+                    self.stores = self.processes.combine(self.stores, self.scale)
             for ext, store in self.stores.items():
                 if _sink is not None:
                     _sink(ext, store, self.scale.value)

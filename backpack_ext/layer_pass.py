@@ -85,7 +85,7 @@ class LayerPass(Receiver):
         with self._quiet(call.z):
             add_bare(reach, call.start, layout, call.z, self.bare)
         self._check_reach(reach)
-        if seeds or scaled or not self.publish:
+        if seeds or scaled or self.scale.collected:
             call.check()
             self.scale.note(call, grad, scaled)
         for site in reach.sites:
@@ -130,7 +130,9 @@ class LayerPass(Receiver):
     def finish(self) -> None:
         """Hand over what waits, and check that nothing is missing."""
         for ext in self.extensions:
-            if self.unscaled and (ext.vectors.kind in ("exact", "mc") or ext.needs_scale):
+            if not self.unscaled:
+                break
+            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or self.scale.collected:
                 raise RecordingError(
                     f"{type(ext).__name__} needs the loss, but the gradient reached "
                     f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
