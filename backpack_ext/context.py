@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from backpack.utils.hooks import no_op
 from torch import distributed as dist
 from torch import nn
 
-from backpack_ext.errors import UnsupportedError
+from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ class backpack(_backpack.backpack):
             ext.rank = self.processes.rank
 
     def __enter__(self) -> backpack:
+        check_thread("A with-block begins")
         if self.processes is not None:
             self.processes.enter()
+        self.thread = threading.get_ident()
         super().__enter__()
         self._outer, backpack.current = backpack.current, self
         self.computed = False
@@ -172,6 +175,20 @@ def loss_multiplier() -> float:
     """Return the factor of the active ``grad_scaler`` (1 without one)."""
     scaler = backpack.current.grad_scaler if backpack.current is not None else None
     return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+
+
+def check_thread(what: str) -> None:
+    """Raise if another thread has a block open: what is active is global to the process.
+
+    Raises:
+        RecordingError: If so.
+    """
+    current = backpack.current
+    if current is not None and current.exts and current.thread != threading.get_ident():
+        raise RecordingError(
+            f"{what} while another thread is inside `with backpack(...)`. Extensions are active in the "
+            "whole process: results would mix. Use one thread, or processes."
+        )
 
 
 def processes() -> Processes | None:

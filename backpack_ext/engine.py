@@ -28,6 +28,7 @@ from backpack_ext.context import (
     CollectingHook,
     active_extensions,
     check_savefields,
+    check_thread,
     loss_multiplier,
     note_computed,
     processes,
@@ -72,6 +73,8 @@ def on_loss(call: LossCall | KnownDiagonal, grad: Tensor) -> None:
         return
     extensions = active_extensions()
     if extensions:
+        if grad.is_cpu:  # elsewhere backward passes run in threads of their own
+            check_thread("A backward pass runs")
         if call.released:
             raise RecordingError(
                 f"{call.label}: this graph was already differentiated without retain_graph=True."
