@@ -37,7 +37,7 @@ def check_replica(module: nn.Module) -> None:
     """
     if "_is_replica" in module.__dict__:
         raise UnsupportedError(
-            f"{type(module).__name__} is called by torch.nn.DataParallel, which copies the model to each "
+            f"{type(module).__name__} is called by torch.nn.DataParallel, which copies it to each "
             "device at every step: results would belong to the copies. Use DistributedDataParallel, one "
             "process per device, and backpack(process_group=...)."
         )

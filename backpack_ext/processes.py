@@ -109,7 +109,7 @@ class Processes:
         digests = tuple(row[4:6] for row in rows)
         if any(d != digests[0] for d in digests):
             if digests not in _agreed:
-                _agreed[digests] = self._exchange(outlines)
+                _agreed[digests] = self._exchange(outlines, names)
             outlines = _agreed[digests]
             shares = self._complete(shares, outlines, names)
         self._sum(shares, weight)
@@ -153,39 +153,42 @@ class Processes:
             return 1.0
         return scale.terms / sum(row[2] for row in rows)
 
-    def _exchange(self, outlines: Outlines) -> Outlines:
+    def _exchange(self, outlines: Outlines, names: Names) -> Outlines:
         """Return what all processes have to add, the first one's order first."""
         stage = "exchanging descriptions of what is to be summed"
-        data = torch.frombuffer(bytearray(pickle.dumps(outlines)), dtype=torch.uint8)
+        data = torch.frombuffer(
+            bytearray(pickle.dumps((outlines, set(names.parameters)))), dtype=torch.uint8
+        )
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(data)
         lengths = self._all_reduce([lengths.to(self.device)], stage)[0].tolist()
         message = torch.zeros(self.size, max(lengths), dtype=torch.uint8)
         message[self.rank, : len(data)] = data
         found = self._all_reduce([message.to(self.device)], stage)[0].cpu()
+        told = [pickle.loads(found[k, :size].numpy().tobytes()) for k, size in enumerate(lengths)]
         union: dict[tuple, Outline] = {}
-        for rank, length in enumerate(lengths):
-            for outline in pickle.loads(found[rank, :length].numpy().tobytes()):
+        for rank, (theirs, _) in enumerate(told):
+            for outline in theirs:
                 other = union.setdefault(outline.key, outline)
                 union[outline.key] = _joined(other, outline, rank)
+        # all processes check all of them, so that they raise together
+        for outline in union.values():
+            for rank, (theirs, known) in enumerate(told):
+                if outline.key[:3] not in {their.key for their in theirs}:
+                    raise _lacking(rank, f"extension {outline.key[1]}, saved in {outline.key[2]!r}")
+                for _, name in outline.parameters:
+                    if name not in known:
+                        raise _lacking(rank, f"parameter {name!r}")
         return tuple(union.values())
 
     def _complete(self, shares: list[Share], outlines: Outlines, names: Names) -> list[Share]:
         """Return shares for all that was agreed on, with zeros for what is lacking here."""
-        mine, heads = {share.key: share for share in shares}, {share.key[:3] for share in shares}
+        mine = {share.key: share for share in shares}
         complete = []
         for outline in outlines:
             share = mine.get(outline.key)
             if share is None:
                 share = Share(outline.key, dict(outline.parameters), outline.frame)
-                lacking = [n for n in share.parameters.values() if n not in names.parameters]
-                if lacking or outline.key[:3] not in heads:
-                    what = f"parameter {lacking[0]!r}" if lacking else f"extension {outline.key[:3]}"
-                    raise ProcessGroupError(
-                        f"backpack(process_group=...): another process has results for the {what}, "
-                        f"which rank {self.rank} does not have. All processes need the same model, "
-                        "called in the same way, and the same extensions."
-                    )
             device = next((names.parameters[n].device for n in share.parameters.values()), self.device)
             parts = {}
             for name, shape, dtype in outline.parts:
@@ -275,6 +278,13 @@ class _Bucket:
             value = view.view(part.tensor.shape)
             value = value.clone() if value.dtype == part.tensor.dtype else value.to(part.tensor.dtype)
             share.parts[name] = Part(value)
+
+
+def _lacking(rank: int, what: str) -> ProcessGroupError:
+    return ProcessGroupError(
+        f"backpack(process_group=...): some process has results for the {what}, which rank {rank} does "
+        "not have. All processes need the same model, called in the same way, and the same extensions."
+    )
 
 
 def _joined(one: Outline, other: Outline, rank: int) -> Outline:
