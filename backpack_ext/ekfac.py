@@ -12,6 +12,7 @@ from backpack_ext.extension import Extension
 from backpack_ext.groups import Groups
 from backpack_ext.kfac import KFAC
 from backpack_ext.normal import OneHot, square_sum
+from backpack_ext.shards import held
 from backpack_ext.share import Part, Share
 from backpack_ext.unit import Unit
 from curvature import Block, DenseBlock, DiagonalBlock, Kronecker, KroneckerEigen, KroneckerSum
@@ -142,6 +143,7 @@ class EKFAC(Extension):
         """Return the given bases of a layer's parameters, by role."""
         bases = {}
         for role, p in unit.parameters.items():
+            p = held(p)
             if id(p) not in self.basis:
                 raise UnsupportedError(
                     f"EKFAC: `basis` has no block for the {role} of {unit.sites[0].label}. Pass one "

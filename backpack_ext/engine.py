@@ -36,12 +36,13 @@ from backpack_ext.context import (
 from backpack_ext.diagonal_pass import DiagonalPass
 from backpack_ext.errors import RecordingError
 from backpack_ext.extension import Extension
-from backpack_ext.graph import new_sites, parameter_behind
+from backpack_ext.graph import new_sites, parameter_behind, walk
 from backpack_ext.layer_pass import LayerPass, empty_batch
 from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.loss_scale import LossScale
 from backpack_ext.per_datum import PerDatum
 from backpack_ext.quiet import Quiet
+from backpack_ext.shards import held, in_use, refuse
 from backpack_ext.sweep import Receiver
 from curvature.decomposition import widen
 
@@ -211,6 +212,8 @@ class BackwardPass:
         """Start or go on with the recursions of Hessian diagonals."""
         if not self.diagonals:
             return
+        if in_use() and isinstance(call, LossCall):
+            refuse(type(self.diagonals[0]).__name__, walk(call.start.node).parameters.values())
         with self.quiet(grad):
             # a number, unless one would have to wait for it; or widened, because one over the number of
             # terms needs the digits
@@ -265,7 +268,7 @@ class BackwardPass:
         with self.quiet(None):
             results = ext.finish(store)
         for parameter, result in results:
-            setattr(parameter, field, result)
+            setattr(held(parameter), field, result)
 
     def _check_losses(self) -> None:
         """Name the missing loss for Hessian diagonals of parameters behind a model's output."""

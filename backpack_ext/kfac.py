@@ -411,7 +411,8 @@ class KFAC(Extension):
     def _identity(self, layer: _Layer) -> Tensor:
         """Return the identity of ``fisher="forward"`` as diagonals ``[g,o]``."""
         role, p = next(iter(layer.parameters.items()))
-        shape = layer.axes_of(role).to_matrix(p.detach()).shape[:2]
+        whole = torch.empty(p.shape, device="meta")  # where p is one shard
+        shape = layer.axes_of(role).to_matrix(whole).shape[:2]
         if role in layer.parts:
             shape = (1, shape[1])
         return torch.ones(shape, dtype=self._dtype(p), device=p.device)

@@ -25,6 +25,7 @@ from backpack_ext.loss_scale import LossScale
 from backpack_ext.pending import Pending
 from backpack_ext.quiet import Quiet
 from backpack_ext.rules.base import Rule
+from backpack_ext.shards import is_sharded, refuse
 from backpack_ext.sharing import sharing, sharing_of
 from backpack_ext.site import Site
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
@@ -85,7 +86,7 @@ class LayerPass(Receiver):
         elif (reach.sites or reach.whole) and call.z.shape[:1].numel() % batch == 0:
             layout = call.layout(batch)
         with self._quiet(call.z):
-            add_bare(reach, call.start, layout, call.z, self.bare)
+            self._add_bare(reach, call.start, layout, call.z)
         self._check_reach(reach)
         if seeds or scaled or self.scale.collected:
             call.check()
@@ -118,7 +119,7 @@ class LayerPass(Receiver):
                     segments = context.of_loss(grad.shape[0], batch, axis)
                 layout = Layout(grad.shape, batch, axis, None, segments)
         with self._quiet(grad):
-            add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
+            self._add_bare(reach, GradientEdge(node, 0), layout, grad)
         self._check_reach(reach)
         self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
         self._tap(reach)
@@ -195,16 +196,21 @@ class LayerPass(Receiver):
         gradient: Callable[[], Tensor],
     ) -> None:
         """Check layers that are new; what turns out to be no layer is left to autograd."""
-        if not reach.sites:
+        if not reach.sites or is_sharded(reach.parameters.values()):  # its passes are nested ones
             return
         masked = context is not None and context.kind == "mask"
         with self._quiet(like):
             again = check_layers(start, reach, layout, like, gradient if masked else None)
             if again:
-                add_bare(reach, start, layout, like, self.bare)
+                self._add_bare(reach, start, layout, like)
         if again:
             self._check_reach(reach)
             self._tap(reach)
+
+    def _add_bare(self, reach: Reach, start: GradientEdge, layout: Layout | None, like: Tensor) -> None:
+        """Find layers for parameters that no recorded call covers, unless they are sharded."""
+        if not is_sharded(reach.parameters.values()):  # it may take nested passes
+            add_bare(reach, start, layout, like, self.bare)
 
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""
@@ -244,6 +250,8 @@ class LayerPass(Receiver):
     def _sweep(self, call: LossCall, reach: Reach, batch: int, group: list[Extension]) -> None:
         """Run one sweep for all extensions that share its vectors."""
         first = group[0]
+        asked = f'{type(first).__name__} with fisher="{first.vectors.kind}"'
+        refuse(asked, reach.parameters.values())
         with self._quiet(call.z):
             if first.vectors.kind == "mc":
                 count, generator = first.vectors.samples, first.generator(call.z.device)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backpack_ext.errors import UnsupportedError
+from backpack_ext.shards import held
 from backpack_ext.site import roots
 
 # Path components that wrappers add; they may be there on one process and not on another.
@@ -39,6 +40,7 @@ class Names:
         Raises:
             UnsupportedError: If it has none, or another parameter of the pass has the same.
         """
+        parameter = held(parameter)
         if parameter not in self._names:  # maybe new in a model that is known
             self._read(_look_up(again=True))
         name = self._names.get(parameter)
@@ -69,6 +71,7 @@ def _look_up(again: bool = False) -> WeakTensorKeyDictionary:
                 continue  # a part that was called on its own, or a wrapped model
             for path, p in model.named_parameters():
                 name = _unwrapped(path)
+                p = held(p)
                 found[p] = min(name, found.get(p, name))
         _known = WeakSet(roots), found
     return _known[1]

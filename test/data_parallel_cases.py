@@ -14,6 +14,8 @@ from models import CASES as PROBLEMS
 from models import Problem
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from backpack_ext import (
@@ -479,6 +481,61 @@ def wrapped_and_unwrapped_names(group):
     whole = problem_of("mlp")
     run(whole, [DiagGGN()], extend(whole.model))
     compare(results(problem.model, [DiagGGN()]), results(whole.model, [DiagGGN()]))
+
+
+# -- sharded parameters ------------------------------------------------------------------------------
+
+
+def gradients_only() -> list[Extension]:
+    return [
+        KFAC("expand", "empirical"),
+        KFAC("reduce", "empirical", savefield="reduced"),
+        KFAC("expand", "forward", savefield="forward"),
+        SumGradSquared(),
+        Variance(),
+        BatchGrad(),
+        BatchL2Grad(),
+    ]
+
+
+def sharded(net: str, children: bool, group: dist.ProcessGroup) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    summed, listed = gradients_only()[:-2], gradients_only()[-2:]
+    whole, own = problem_of(net), problem_of(net)
+    run(whole, summed + listed, extend(whole.model))
+    mine = own_data(own, group)
+    extend(own.model)
+    if children:
+        for child in own.model.children():
+            if any(True for _ in child.parameters()):
+                fully_shard(child, mesh=mesh)
+    fully_shard(own.model, mesh=mesh)
+    for _ in range(2):  # the second pass finds what the first has made
+        run(own, summed + listed, process_group=group, timeout=LIMIT)
+    compare(results(own.model, summed), results(whole.model, summed))
+    expected = {key: value[mine] for key, value in results(whole.model, listed).items()}
+    compare(results(own.model, listed), expected)
+
+
+for net, children in (("mlp", True), ("cnn", True), ("cnn", False), ("vit", True), ("char_gpt", False)):
+    CASES[f"sharded_{net}_{children}"] = lambda group, net=net, children=children: sharded(
+        net, children, group
+    )
+
+
+@case
+def sharded_parameters_without_sweeps(group):
+    for net, ext, message in (
+        ("mlp", DiagGGN("mc"), 'DiagGGN with fisher="mc" sends vectors through the graph'),
+        ("mlp", KFAC(fisher="exact"), 'KFAC with fisher="exact" sends vectors through the graph'),
+        ("mlp", HesScale(), "HesScale sends vectors through the graph"),
+        ("vit_params", BatchGrad(), "which leaves only layers with a rule"),
+    ):
+        problem = problem_of(net)
+        own_data(problem, group)
+        fully_shard(problem.model, mesh=DeviceMesh.from_group(group, "cpu"))
+        extend(problem.model), extend(problem.loss_fn)
+        refused(message, group, problem.loss, [ext])
 
 
 # -- running them ------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """Curvature over processes equals that of one process with all the data, on 2 and 4 gloo processes."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from data_parallel_cases import CASES, work
 from torch import multiprocessing as mp
+from torch import nn
+
+from backpack_ext import DiagGGN, RecordingError, UnsupportedError, backpack, extend
 
 WORLD = 4
 
@@ -23,3 +27,59 @@ def outcomes(tmp_path_factory) -> list[dict]:
 def test_processes(outcomes, name, size):
     for rank, found in enumerate(outcomes):
         assert found[f"{name} {size}"] is None, f"process {rank}:\n{found[f'{name} {size}']}"
+
+
+def model_and_loss() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    model = extend(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    return model, extend(nn.MSELoss()), torch.ones(4, 3)
+
+
+def in_a_thread(run) -> Exception | None:
+    """Run something in another thread; return what it raised."""
+    raised: list[Exception | None] = [None]
+
+    def caught():
+        try:
+            run()
+        except Exception as error:
+            raised[0] = error
+
+    thread = threading.Thread(target=caught)
+    thread.start()
+    thread.join()
+    return raised[0]
+
+
+def test_another_thread_is_refused():
+    model, loss_fn, x = model_and_loss()
+    recorded = loss_fn(model(x), x)
+
+    def block():
+        with backpack(DiagGGN()):
+            pass
+
+    def evaluation():
+        with torch.no_grad():
+            model(x)
+
+    with backpack(DiagGGN()):
+        for run in (block, lambda: model(x), recorded.backward):
+            error = in_a_thread(run)
+            assert isinstance(error, RecordingError)
+            assert "while another thread is inside" in str(error)
+        assert in_a_thread(evaluation) is None
+        loss_fn(model(x), x).backward()
+    assert in_a_thread(lambda: loss_fn(model(x), x).backward()) is None
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_data_parallel_is_refused(outside):
+    """Its replicas are modules without parameters of their own; on a CPU it makes none."""
+    model, _, x = model_and_loss()
+    wrapper = extend(nn.DataParallel(model)) if outside else nn.DataParallel(model)
+    replica = wrapper.module._replicate_for_data_parallel()
+    with backpack(DiagGGN()):
+        with pytest.raises(UnsupportedError, match="Use DistributedDataParallel"):
+            replica(x)
+        with torch.no_grad():
+            replica(x)
