@@ -7,21 +7,32 @@ from collections.abc import Iterable
 from torch import nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
+from torch.nn.modules import _functions
 from torch.nn.parallel import distributed
 
 from backpack_ext.errors import UnsupportedError
 
-# The type of the node that `DistributedDataParallel` puts behind a model, with some of its options.
+# The types of the nodes that `DistributedDataParallel` (with some of its options) puts behind a model, and
+# of batch norms over processes.
 SINK: type | None = getattr(getattr(distributed, "_DDPSink", None), "_backward_cls", None)
+SYNC: type | None = getattr(_functions.SyncBatchNorm, "_backward_cls", None)
 
 
-def begin_static_graph(sinks: Iterable[Node]) -> None:
+def prepare_wrappers(nodes: Iterable[Node]) -> None:
     """Have `DistributedDataParallel(static_graph=True)` note that its first backward pass begins.
 
     It waits for the end of the first pass that runs through its node, and averages gradients then.
     That has to be the pass that computes them: not a nested one of ours, which passes there earlier.
+
+    Raises:
+        UnsupportedError: If one of the nodes is a batch norm over processes.
     """
-    for node in sinks:
+    for node in nodes:
+        if type(node) is SYNC:
+            raise UnsupportedError(
+                "SyncBatchNorm in training mode couples the data of all processes, which exchange "
+                "messages whenever vectors pass it. Call eval() on it, or use BatchNorm or another norm."
+            )
         wrapper = node.ddp_weakref()
         begun = getattr(wrapper, "_static_graph_delay_allreduce_enqueued", True)
         if wrapper.static_graph and not begun:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_ext.data_parallel import SINK
+from backpack_ext import data_parallel
 from backpack_ext.site import Site
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Reach:
         coupled: Names of nodes that couple samples (training-mode batch norm).
         nodes: All nodes that were visited.
         whole: What the model's call said.
-        wrappers: Nodes of `DistributedDataParallel`, see `backpack_ext.data_parallel`.
+        wrappers: Nodes that processes share, see `backpack_ext.data_parallel`.
     """
 
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def walk(start: Node) -> Reach:
             behind[node] = upstream
         if hasattr(node, "_saved_training") and _couples(node):
             reach.coupled.append(node.name())
-        if type(node) is SINK:
+        if type(node) in (data_parallel.SINK, data_parallel.SYNC):
             reach.wrappers.append(node)
     reach.nodes = behind.keys()
     for site, captures in reach.sites.items():

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack_ext.bare import add_bare
 from backpack_ext.check import check_layers
 from backpack_ext.coverage import check_coverage
-from backpack_ext.data_parallel import begin_static_graph
+from backpack_ext.data_parallel import prepare_wrappers
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Reach, walk
@@ -77,7 +77,7 @@ class LayerPass(Receiver):
         seeds = [e for e in self.extensions if e.vectors.kind in ("exact", "mc")]
         scaled = [e for e in self.extensions if e.needs_scale]
         reach = walk(call.start.node)
-        begin_static_graph(reach.wrappers)
+        prepare_wrappers(reach.wrappers)
         batch = self._batch(call.label, reach)
         call.sharing, layout = self._sharing(reach, call.label), None
         if call.sharing is not None:
@@ -106,7 +106,7 @@ class LayerPass(Receiver):
         if any(node in nodes for nodes in self.nodes):
             return
         reach = walk(node)
-        begin_static_graph(reach.wrappers)
+        prepare_wrappers(reach.wrappers)
         # hooks on tensors know the node but not which of its outputs; only the first is checked
         layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
         batch = self._batch("the model's output", reach)

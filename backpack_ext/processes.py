@@ -51,6 +51,9 @@ class Processes:
         group: Their process group.
         timeout: Seconds after which a message that others do not answer is given up.
 
+    Attributes:
+        sent: Bytes of all messages so far.
+
     Raises:
         TypeError: If ``group`` is no process group.
         ValueError: If this process is not in it, or ``timeout`` is not positive.
@@ -67,7 +70,7 @@ class Processes:
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.device = _device(group)
-        self.passes = 0
+        self.passes = self.sent = 0
 
     def enter(self) -> None:
         """Note that a block is entered."""
@@ -230,6 +233,7 @@ class Processes:
 
     def _all_reduce(self, messages: list[Tensor], stage: str) -> list[Tensor]:
         """Sum messages in place over the group."""
+        self.sent += sum(message.nbytes for message in messages)
         options = dist.AllreduceOptions()
         options.timeout = timedelta(seconds=self.timeout)
         options.asyncOp = True

@@ -9,7 +9,7 @@ from data_parallel_cases import CASES, work
 from torch import multiprocessing as mp
 from torch import nn
 
-from backpack_ext import DiagGGN, RecordingError, UnsupportedError, backpack, extend
+from backpack_ext import DiagGGN, RecordingError, UnsupportedError, backpack, data_parallel, extend
 
 WORLD = 4
 
@@ -50,6 +50,7 @@ def in_a_thread(run) -> Exception | None:
     return raised[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*the block ended and nothing was computed")
 def test_another_thread_is_refused():
     model, loss_fn, x = model_and_loss()
     recorded = loss_fn(model(x), x)
@@ -72,6 +73,7 @@ def test_another_thread_is_refused():
     assert in_a_thread(lambda: loss_fn(model(x), x).backward()) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*the block ended and nothing was computed")
 @pytest.mark.parametrize("outside", [False, True])
 def test_data_parallel_is_refused(outside):
     """Its replicas are modules without parameters of their own; on a CPU it makes none."""
@@ -83,3 +85,21 @@ def test_data_parallel_is_refused(outside):
             replica(x)
         with torch.no_grad():
             replica(x)
+
+
+def test_batch_norm_over_processes_is_refused(monkeypatch):
+    """The real one runs on GPUs only."""
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    monkeypatch.setattr(data_parallel, "SYNC", Norm._backward_cls)
+    model, loss_fn, x = model_and_loss()
+    with backpack(DiagGGN()), pytest.raises(UnsupportedError, match="couples the data of all processes"):
+        loss_fn(Norm.apply(model(x)), x).backward()
