@@ -12,7 +12,7 @@ from torch.nn.parallel import distributed
 
 from backpack_ext.errors import UnsupportedError
 
-# The types of the nodes that `DistributedDataParallel` (with some of its options) puts behind a model, and
+# Types of nodes: of what `DistributedDataParallel` puts behind a model, with some of its options, and
 # of batch norms over processes.
 SINK: type | None = getattr(getattr(distributed, "_DDPSink", None), "_backward_cls", None)
 SYNC: type | None = getattr(_functions.SyncBatchNorm, "_backward_cls", None)

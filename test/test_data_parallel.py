@@ -13,6 +13,8 @@ from backpack_ext import DiagGGN, RecordingError, UnsupportedError, backpack, da
 
 WORLD = 4
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the block ended and nothing was computed")
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> list[dict]:
@@ -50,7 +52,6 @@ def in_a_thread(run) -> Exception | None:
     return raised[0]
 
 
-@pytest.mark.filterwarnings("ignore:.*the block ended and nothing was computed")
 def test_another_thread_is_refused():
     model, loss_fn, x = model_and_loss()
     recorded = loss_fn(model(x), x)
@@ -73,7 +74,6 @@ def test_another_thread_is_refused():
     assert in_a_thread(lambda: loss_fn(model(x), x).backward()) is None
 
 
-@pytest.mark.filterwarnings("ignore:.*the block ended and nothing was computed")
 @pytest.mark.parametrize("outside", [False, True])
 def test_data_parallel_is_refused(outside):
     """Its replicas are modules without parameters of their own; on a CPU it makes none."""
