@@ -13,7 +13,7 @@ from backpack_ext.attach import attach_diagonal, attach_loss
 from backpack_ext.context import backpack
 from backpack_ext.diagonals import register_activation, register_diagonal_rule
 from backpack_ext.ekfac import EKFAC
-from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.errors import ProcessGroupError, RecordingError, UnsupportedError
 from backpack_ext.extend import extend, unextend
 from backpack_ext.extension import Extension
 from backpack_ext.first_order import (
@@ -44,6 +44,7 @@ __all__ = [
     "Extension",
     "HesScale",
     "LowRankGGN",
+    "ProcessGroupError",
     "RecordingError",
     "Rule",
     "SumGradSquared",

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import backpack as _backpack
 from backpack.context import CTX
 from backpack.utils.hooks import no_op
+from torch import distributed as dist
 from torch import nn
 
 from backpack_ext.compiled import keep_out_of_compilation
+from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
+
+if TYPE_CHECKING:
+    from backpack_ext.processes import Processes
 
 
 class backpack(_backpack.backpack):
-    """Activate extensions, ours and BackPACK's, for the backward passes inside the block.
+    r"""Activate extensions, ours and BackPACK's, for the backward passes inside the block.
 
     BackPACK's own ``backpack`` takes our extensions as well; this subclass adds three things: an
     empty context records nothing in the forward pass (an optimizer's steps without statistics cost
@@ -30,10 +37,27 @@ class backpack(_backpack.backpack):
         retain_graph: For BackPACK's extensions. Ours follow the ``retain_graph`` of ``backward``.
         grad_scaler: The ``torch.amp.GradScaler`` whose factor the loss was multiplied with; results
             are free of it.
+        process_group: Processes that train one model on different data, such as
+            ``torch.distributed.group.WORLD``. At the end of each backward pass their results are put
+            together: each process has what one process would have that sees the data of all, see
+            below. None: each process has results of its own data.
+        timeout: Seconds after which to give up on the other processes of the group.
 
     Raises:
         ValueError: If an argument is no instance of an extension, or if two extensions save to
             the same field.
+        TypeError: If ``process_group`` is no group of this process's.
+        UnsupportedError: If an extension's results cannot be put together.
+        ProcessGroupError: In the backward pass, if another process of the group fails.
+
+    With processes k whose losses are means over :math:`T_k` terms (data, positions, class weights;
+    ignored targets do not count), the total is the mean over all :math:`\sum_k T_k` terms, and not
+    the mean of means: with :math:`w_k = T_k / \sum_j T_j` the curvature is
+    :math:`\sum_k w_k C_k`, that of squares of gradients :math:`\sum_k w_k^2 C_k`. With
+    ``reduction="sum"`` all :math:`w_k = 1`. Factors A are means over the rows of all. Quantities per
+    datum are not gathered: each process has those of its own data, as parts of the total loss
+    (``grad_batch`` times :math:`w_k`). Gradients are left to the wrapper, `DistributedDataParallel`
+    for instance, which takes the mean of means.
     """
 
     # The innermost context of this class, or None; BackPACK's context is a process-wide global too.
@@ -46,14 +70,38 @@ class backpack(_backpack.backpack):
         debug: bool = False,
         retain_graph: bool = False,
         grad_scaler=None,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: float = 300.0,
     ):
         super().__init__(*exts, extension_hook=extension_hook, debug=debug, retain_graph=retain_graph)
         check_savefields(exts)
         self.grad_scaler = grad_scaler
+        self.processes: Processes | None = None
+        if process_group is not None:
+            self._join(process_group, timeout)
         self.computed = False
+
+    def _join(self, group: dist.ProcessGroup, timeout: float) -> None:
+        """Have results summed over a group."""
+        # an import at the top would be circular
+        from backpack_ext.processes import Processes
+
+        self.processes = Processes(group, timeout)
+        for ext in self.exts:
+            if not _ours(ext):
+                raise UnsupportedError(
+                    f"backpack(process_group=...): {type(ext).__name__} is an extension of BackPACK's, "
+                    "which knows nothing of other processes. Use ours, or no process_group."
+                )
+            ext.check_processes()
+            ext.rank = self.processes.rank
 
     def __enter__(self) -> backpack:
         keep_out_of_compilation()
+        check_thread("A with-block begins")
+        if self.processes is not None:
+            self.processes.enter()
+        self.thread = threading.get_ident()
         super().__enter__()
         self._outer, backpack.current = backpack.current, self
         self.computed = False
@@ -129,6 +177,25 @@ def loss_multiplier() -> float:
     """Return the factor of the active ``grad_scaler`` (1 without one)."""
     scaler = backpack.current.grad_scaler if backpack.current is not None else None
     return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+
+
+def check_thread(what: str) -> None:
+    """Raise if another thread has a block open: what is active is global to the process.
+
+    Raises:
+        RecordingError: If so.
+    """
+    current = backpack.current
+    if current is not None and current.exts and current.thread != threading.get_ident():
+        raise RecordingError(
+            f"{what} while another thread is inside `with backpack(...)`. Extensions are active in the "
+            "whole process: results would mix. Use one thread, or processes."
+        )
+
+
+def processes() -> Processes | None:
+    """Return the processes that results are summed over; None for this one alone."""
+    return backpack.current.processes if backpack.current is not None else None
 
 
 def note_computed() -> None:

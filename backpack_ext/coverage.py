@@ -9,6 +9,7 @@ from torch import nn
 
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension
+from backpack_ext.shards import held, is_sharded
 from backpack_ext.site import Site, roots
 
 
@@ -34,9 +35,16 @@ def check_coverage(
     uncovered = [p for key, p in parameters.items() if key not in covered]
     if not uncovered:
         return
+    sharded = ""
+    if is_sharded(uncovered):
+        sharded = (
+            "\nThey are sharded by fully_shard, which leaves only layers with a rule: other parameters "
+            "take nested passes through the graph."
+        )
     message = (
         f"{type(ext).__name__} does not cover these parameters of the loss:\n  "
         + "\n  ".join(sorted(_describe(p, sites) for p in uncovered))
+        + sharded
         + "\nTheir modules have no rule, or were used in a way that was not recorded. Register a "
         'rule (backpack_ext.rules.register_rule), freeze them, or pass unsupported="warn" or '
         '"skip" to leave them out.'
@@ -51,7 +59,7 @@ def _describe(parameter: nn.Parameter, sites: Collection[Site]) -> str:
     for model in roots:
         for path, module in model.named_modules():
             for name, p in module._parameters.items():
-                if p is parameter:
+                if p is not None and held(p) is held(parameter):
                     return f"{path + '.' if path else ''}{name} of {_owner(module, name)}" + next(
                         (
                             f": {site.error}"

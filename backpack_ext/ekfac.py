@@ -2,7 +2,7 @@ r"""Eigenvalue-corrected Kronecker factors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from backpack_ext.extension import Extension
 from backpack_ext.groups import Groups
 from backpack_ext.kfac import KFAC
 from backpack_ext.normal import OneHot, square_sum
+from backpack_ext.shards import held
+from backpack_ext.share import Part, Share
 from backpack_ext.unit import Unit
 from curvature import Block, DenseBlock, DiagonalBlock, Kronecker, KroneckerEigen, KroneckerSum
 
@@ -141,6 +143,7 @@ class EKFAC(Extension):
         """Return the given bases of a layer's parameters, by role."""
         bases = {}
         for role, p in unit.parameters.items():
+            p = held(p)
             if id(p) not in self.basis:
                 raise UnsupportedError(
                     f"EKFAC: `basis` has no block for the {role} of {unit.sites[0].label}. Pass one "
@@ -187,6 +190,56 @@ class EKFAC(Extension):
                 blocks = groups.take(blocks, layer.parameters, layer.parts, layer.axes.__getitem__)
             results.extend(blocks)
         return [*norms, *results]
+
+    def check_processes(self) -> None:
+        """Refuse without ``basis``.
+
+        Raises:
+            UnsupportedError: If the bases are not given: second moments are taken in the bases of the
+                factors of all processes, which are known only when the pass is over.
+        """
+        if self.basis is None:
+            raise UnsupportedError(
+                "EKFAC over processes needs its bases first: run KFAC with process_group, then "
+                "EKFAC(basis={parameter: its Kronecker}) in another pass."
+            )
+
+    def shares(self, store: dict, names: Callable[[nn.Parameter], str]) -> list[Share]:
+        """Add up eigenvalues, and what tells whether the bases are the same; and blocks of norms."""
+        found = self.kfac.shares(store.get("kfac", {}), names)
+        for share in found:
+            share.key = ("kfac", *share.key)
+        for layer in store.get("layers", {}).values():
+            named = {role: names(p) for role, p in layer.parameters.items()}
+            frame = ("eigen", layer.label, tuple(layer.parts.items()), tuple(layer.axes.items()))
+            share = Share(("layer", *named.items(), *frame[2]), named, frame)
+            for role, values in layer.values.items():
+                marks = layer.bases[role].numerators()[1:]
+                share.parts[role] = Part(values, 1)
+                share.parts[f"{role}.marks"], share.parts[f"{role}.squares"] = map(Part, marks)
+            found.append(share)
+        return found
+
+    def of_shares(self, sums: list[Share], parameters: Mapping[str, nn.Parameter]) -> dict:
+        """Return a store of sums.
+
+        Raises:
+            ValueError: If the processes were given different bases.
+        """
+        layers = {}
+        for share in (share for share in sums if share.frame[0] == "eigen"):
+            own = {role: parameters[name] for role, name in share.parameters.items()}
+            layer = layers[share.key] = object.__new__(_Layer)
+            _, layer.label, parts, axes = share.frame
+            layer.parameters, layer.parts, layer.axes = own, dict(parts), dict(axes)
+            layer.calls, layer.bases, layer.values = [], {}, {}
+            for role in (name for name in share.parts if "." not in name):
+                eigen, part = self.basis[id(own[role])][1], layer.parts.get(role)
+                layer.bases[role] = eigen = eigen if part is None else eigen.group(part[0])
+                parts = (share.parts[role + end].tensor for end in ("", ".marks", ".squares"))
+                layer.values[role] = eigen.from_numerators(list(parts), 1.0).values
+        norms = [share for share in sums if share.frame[0] != "eigen"]
+        return {"layers": layers, "kfac": self.kfac.of_shares(norms, parameters)}
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add a batch's eigenvalues.

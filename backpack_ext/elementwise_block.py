@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 
 from torch import Tensor, nn
 
 from backpack_ext.normal import gram
+from backpack_ext.share import Part, Share
 from backpack_ext.unit import Unit
 from curvature import DenseBlock, DiagonalBlock
 
@@ -48,6 +50,31 @@ class ElementwiseLayer:
             dense = self.dense and role not in self.means
             found.append((p, DenseBlock(value, p.shape) if dense else DiagonalBlock(value)))
         return found
+
+    def share(self, names: Callable[[nn.Parameter], str]) -> Share:
+        """Return what adds up over processes."""
+        named = {role: names(p) for role, p in self.parameters.items()}
+        share = Share(("elementwise", *named.items()), named, ("elementwise", self.dense))
+        for role, value in self.sums.items():
+            share.parts[f"sums.{role}"] = Part(value, 1)
+        for role, value in self.means.items():
+            share.parts[f"means.{role}"] = Part(value, 0, self.rows)
+        share.counts["rows"] = self.rows
+        return share
+
+    @classmethod
+    def of_share(cls, share: Share, parameters: dict[str, nn.Parameter]) -> ElementwiseLayer:
+        """Return the layer that has some sums."""
+        layer = object.__new__(cls)
+        layer.parameters, (_, layer.dense) = parameters, share.frame
+        layer.sums, layer.means, layer.rows = {}, {}, int(share.counts["rows"])
+        for name, part in share.parts.items():
+            kind, role = name.split(".")
+            if kind == "sums":
+                layer.sums[role] = part.tensor
+            else:
+                layer.means[role] = part.tensor / max(1, layer.rows)
+        return layer
 
     def merge_into(self, total: dict, key: tuple, weight: float) -> None:
         """Add a batch's blocks, put on the total's scale."""

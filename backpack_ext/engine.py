@@ -29,18 +29,21 @@ from backpack_ext.context import (
     CollectingHook,
     active_extensions,
     check_savefields,
+    check_thread,
     loss_multiplier,
     note_computed,
+    processes,
 )
 from backpack_ext.diagonal_pass import DiagonalPass
 from backpack_ext.errors import RecordingError
 from backpack_ext.extension import Extension
-from backpack_ext.graph import new_sites, parameter_behind
+from backpack_ext.graph import new_sites, parameter_behind, walk
 from backpack_ext.layer_pass import LayerPass, empty_batch
 from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.loss_scale import LossScale
 from backpack_ext.per_datum import PerDatum
 from backpack_ext.quiet import Quiet
+from backpack_ext.shards import held, in_use, refuse
 from backpack_ext.sweep import Receiver
 from curvature.decomposition import widen
 
@@ -72,6 +75,8 @@ def on_loss(call: LossCall | KnownDiagonal, grad: Tensor) -> None:
         return
     extensions = active_extensions()
     if extensions:
+        if grad.is_cpu:  # elsewhere backward passes run in threads of their own
+            check_thread("A backward pass runs")
         if call.released:
             raise RecordingError(
                 f"{call.label}: this graph was already differentiated without retain_graph=True."
@@ -159,7 +164,11 @@ class BackwardPass:
         self.passes: dict[Extension, DiagonalPass] = {}
         self.outputs: list[Node] = []  # of models
         self.keep, self.quiet = keeps_graph(), Quiet()
-        self.scale = LossScale(loss_multiplier(), _sink is not None)
+        self.processes = processes() if _sink is None else None
+        collected = "dataset.collect" if _sink is not None else None
+        if self.processes is not None:
+            collected = "backpack(process_group=...)"
+        self.scale = LossScale(loss_multiplier(), collected)
         # if there is none, nobody has to be kept from calling it
         self.hook = None if CTX.extension_hook is no_op else CollectingHook()
         self.layers: LayerPass | None = None
@@ -182,15 +191,16 @@ class BackwardPass:
             raise empty_batch(call.label)
         if self.layers is not None:
             self.layers.loss(call, grad)
-        elif _sink is not None:
+        elif self.scale.collected:
+            call.check()
             self.scale.note(call, grad, [])
         self._start_diagonals(call, grad)
 
     def diagonal(self, call: KnownDiagonal, grad: Tensor) -> None:
         """Start the recursions of Hessian diagonals at a scalar whose diagonal was given."""
         for ext in self.extensions:
-            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or _sink is not None:
-                what = type(ext).__name__ if _sink is None else "dataset.collect"
+            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or self.scale.collected:
+                what = self.scale.collected or type(ext).__name__
                 raise RecordingError(
                     f"{what} needs more of a loss than attach_diagonal says. Tie the value to a "
                     "loss module with backpack_ext.attach_loss."
@@ -203,6 +213,8 @@ class BackwardPass:
         """Start or go on with the recursions of Hessian diagonals."""
         if not self.diagonals:
             return
+        if in_use() and isinstance(call, LossCall):
+            refuse(type(self.diagonals[0]).__name__, walk(call.start.node).parameters.values())
         with self.quiet(grad):
             # a number, unless one would have to wait for it; or widened, because one over the number of
             # terms needs the digits
@@ -236,6 +248,9 @@ class BackwardPass:
                 self.stores[ext] = running.finish(self.scale.multiplier)
                 if not self.stores[ext]:
                     _warn_of_nothing(ext)
+            if self.processes is not None:
+                with self.quiet(None):
+                    self.stores = self.processes.combine(self.stores, self.scale)
             for ext, store in self.stores.items():
                 if _sink is not None:
                     _sink(ext, store, self.scale.value)
@@ -256,7 +271,7 @@ class BackwardPass:
         with self.quiet(None):
             results = ext.finish(store)
         for parameter, result in results:
-            setattr(parameter, field, result)
+            setattr(held(parameter), field, result)
 
     def _check_losses(self) -> None:
         """Name the missing loss for Hessian diagonals of parameters behind a model's output."""

@@ -10,3 +10,7 @@ class UnsupportedError(NotImplementedError):
 
 class RecordingError(RuntimeError):
     """The forward pass was not recorded as the backward pass needs it."""
+
+
+class ProcessGroupError(RuntimeError):
+    """The processes of a group did not sum their results: one failed, or did something else."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from backpack_ext.attach import tie
 from backpack_ext.compiled import keep_out_of_compilation
-from backpack_ext.context import recording, tying
+from backpack_ext.context import check_thread, recording, tying
+from backpack_ext.data_parallel import check_replica
 from backpack_ext.engine import on_model_output, on_unrecorded_output
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
@@ -212,6 +213,10 @@ class RootHook(Hook):
                 del stack[k:]
                 break
         if self.top or not stack:
+            tied = tying()
+            if tied and torch.is_grad_enabled():
+                check_thread("An extended model is called")
+                check_replica(module)
             if sharing.current is not None:
                 sharing.current.see(module)
             given = (args, kwargs)
@@ -222,7 +227,7 @@ class RootHook(Hook):
             batch = None if first is None else first.shape[self.batch_axis]
             listed = first is not None and first.dim() == 1 and not first.is_floating_point()
             listed = listed and self.argument is None
-            stack.append(_Running(module, batch, recording(), tying(), listed))
+            stack.append(_Running(module, batch, recording(), tied, listed))
             roots.setdefault(module)
 
     def __call__(self, module: nn.Module, args: tuple, output) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from backpack.extensions.backprop_extension import FAIL_SILENT, BackpropExtension
 from torch import Tensor, nn
 
-from backpack_ext.errors import RecordingError
+from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.rules.base import Rule, register_class
+from backpack_ext.share import Share
 from backpack_ext.site import has_site_hook
 from backpack_ext.unit import Unit
 
@@ -84,6 +85,7 @@ class Extension(BackpropExtension):
         self._rules: dict[type[nn.Module], Rule] = {}
         self._generator = generator
         self._order = next(_counter)
+        self.rank = 0  # among processes that sum their results
 
     def expects_backpropagation_quantities(self) -> bool:
         """Nothing for BackPACK to propagate: our vectors travel on their own."""
@@ -136,7 +138,8 @@ class Extension(BackpropExtension):
         return self._generator
 
     def _new_generator(self, device: torch.device | str) -> torch.Generator:
-        seed = (torch.initial_seed() + 7919 * self._order) % 2**63
+        # processes are often seeded alike, but must not draw alike
+        seed = (torch.initial_seed() + 7919 * self._order + 104_729_000_003 * self.rank) % 2**63
         return torch.Generator(device).manual_seed(seed)
 
     def sweep_key(self) -> tuple:
@@ -221,6 +224,41 @@ class Extension(BackpropExtension):
             An extension that runs in this one's place, and a map from its results to this one's.
         """
         return self, lambda result: result
+
+    def check_processes(self) -> None:
+        """Say why results of several processes cannot be summed, if so.
+
+        Raises:
+            UnsupportedError: For extensions without `shares`.
+        """
+        if not self.per_datum and type(self).shares is Extension.shares:
+            raise UnsupportedError(
+                f"{type(self).__name__} does not say how its results add up over processes (methods "
+                "`shares` and `of_shares`). Use it without process_group."
+            )
+
+    @property
+    def per_datum(self) -> bool:
+        """Whether results list the data: then each process keeps those of its own."""
+        return False
+
+    def shares(self, store: dict, names: Callable[[nn.Parameter], str]) -> list[Share]:
+        """Return what a store adds to that of all processes of a group.
+
+        Args:
+            store: What `absorb` filled in here.
+            names: Returns a parameter's name, which is the same on all processes.
+        """
+        raise NotImplementedError
+
+    def of_shares(self, sums: list[Share], parameters: Mapping[str, nn.Parameter]) -> dict:
+        """Return the store that belongs to sums of shares; also if there was no share here.
+
+        Args:
+            sums: The sums over all processes.
+            parameters: The parameters by name.
+        """
+        raise NotImplementedError
 
     @property
     def needs_scale(self) -> bool:

@@ -8,13 +8,15 @@ None materialises them unless it has to: see `backpack_ext.normal`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from backpack_ext import normal
+from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors
+from backpack_ext.share import Part, Share
 from backpack_ext.unit import Unit, stack_inputs, stack_vectors
 
 
@@ -127,6 +129,31 @@ class PerSample(Extension):
             other.value = value if other.value is None else self.join(other.value, value)
             other.batch += entry.batch
 
+    def shares(self, store: dict, names: Callable[[nn.Parameter], str]) -> list[Share]:
+        """Add up values; and the number of data."""
+        found = []
+        for entry in store.values():
+            name, parts = names(entry.parameter), self.parts(entry.value)
+            found.append(Share((name,), {"weight": name}, None, parts, {"batch": entry.batch}))
+        return found
+
+    def of_shares(self, sums: list[Share], parameters: Mapping[str, nn.Parameter]) -> dict:
+        """Return a store of sums."""
+        store = {}
+        for share in sums:
+            p = parameters[share.key[-1]]
+            entry = store[id(p)] = _Entry(p, int(share.counts["batch"]))
+            entry.value = self.of_parts({name: part.tensor for name, part in share.parts.items()})
+        return store
+
+    def parts(self, value: Tensor) -> dict[str, Part]:
+        """Return what of a value adds up over processes."""
+        return {"value": Part(value, self.power)}
+
+    def of_parts(self, sums: dict[str, Tensor]) -> Tensor:
+        """Return the value that has some parts."""
+        return sums["value"]
+
     def rescaled(self, value: Tensor, weight: float) -> Tensor:
         """Return the quantity of ``weight`` times the loss."""
         return value * weight**self.power
@@ -177,6 +204,7 @@ class BatchGrad(PerSample):
     """
 
     forms_grads = True
+    per_datum = True
 
     def __init__(
         self,
@@ -229,6 +257,7 @@ class BatchL2Grad(PerSample):
 
     per_entry = False
     power = 2
+    per_datum = True
 
     def __init__(self, savefield: str = "batch_l2", unsupported: str = "raise"):
         super().__init__(savefield, unsupported)
@@ -275,6 +304,14 @@ class BatchDotGrad(PerSample):
     def of_grads(self, G):
         """``sum_oi G_n G_m``."""
         return normal.dots_of(G)[:, 0]
+
+    def check_processes(self):
+        """Refuse: pairs come from different processes."""
+        raise UnsupportedError(
+            "BatchDotGrad: dot products between data of different processes need the gradients of both. "
+            "Use it without process_group for the pairs within each process; or BatchGrad, gather the "
+            "gradients, and multiply."
+        )
 
     def over_batches(self):
         """Collect the gradients themselves: pairs may come from different batches."""
@@ -346,6 +383,14 @@ class Variance(PerSample):
             mean, square = entry.value.div_(entry.batch)
             results.append((entry.parameter, torch.addcmul(square, mean, mean, value=-1)))
         return results
+
+    def parts(self, value):
+        """The first moment is linear in the loss, the second quadratic."""
+        return {"first": Part(value[0], 1), "second": Part(value[1], 2)}
+
+    def of_parts(self, sums):
+        """Stack them."""
+        return torch.stack([sums["first"], sums["second"]])
 
     def rescaled(self, value, weight):
         """The first moment is linear in the loss, the second quadratic."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from backpack_ext import data_parallel
 from backpack_ext.site import Site
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Reach:
         coupled: Names of nodes that couple samples (training-mode batch norm).
         nodes: All nodes that were visited.
         whole: What the model's call said.
+        wrappers: Nodes that processes share, see `backpack_ext.data_parallel`.
     """
 
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class Reach:
     coupled: list[str] = field(default_factory=list)
     nodes: Collection[Node] = ()
     whole: Whole | None = None
+    wrappers: list[Node] = field(default_factory=list)
 
 
 # Types of nodes that were tagged: reading the metadata of a node makes a dict for it.
@@ -162,6 +165,8 @@ def walk(start: Node) -> Reach:
             behind[node] = upstream
         if hasattr(node, "_saved_training") and _couples(node):
             reach.coupled.append(node.name())
+        if type(node) in (data_parallel.SINK, data_parallel.SYNC):
+            reach.wrappers.append(node)
     reach.nodes = behind.keys()
     for site, captures in reach.sites.items():
         if not site.depends_on_parameters:

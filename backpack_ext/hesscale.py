@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from backpack_ext.extension import Extension, Vectors
 from backpack_ext.normal import per_sample
 from backpack_ext.rules.base import Rule
+from backpack_ext.share import Part, Share
 from backpack_ext.unit import Unit
 
 ON_CURVED_GLUE = ("estimate", "raise")
@@ -98,6 +100,21 @@ class DiagonalHessian(Extension):
     def finish(self, store: dict) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the diagonals."""
         return list(store.values())
+
+    @property
+    def per_datum(self) -> bool:
+        """With ``batch``."""
+        return self.batch
+
+    def shares(self, store: dict, names: Callable[[nn.Parameter], str]) -> list[Share]:
+        """Add up the diagonals."""
+        named = [(names(p), h) for p, h in store.values()]
+        return [Share((name,), {"weight": name}, None, {"h": Part(h, 1)}) for name, h in named]
+
+    def of_shares(self, sums: list[Share], parameters: Mapping[str, nn.Parameter]) -> dict:
+        """Return a store of sums."""
+        found = [(parameters[share.key[-1]], share.parts["h"].tensor) for share in sums]
+        return {id(p): (p, h) for p, h in found}
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add the diagonals of a batch, or put its data beside the others."""

@@ -2,6 +2,7 @@ r"""Kronecker factors of affine layers with weight sharing: KFAC-expand and KFAC
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from copy import copy
 
 import torch
@@ -12,6 +13,7 @@ from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.groups import Groups
 from backpack_ext.normal import OneHot, gram
+from backpack_ext.share import Part, Share
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_inputs, stack_vectors
 from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum
@@ -409,10 +411,32 @@ class KFAC(Extension):
     def _identity(self, layer: _Layer) -> Tensor:
         """Return the identity of ``fisher="forward"`` as diagonals ``[g,o]``."""
         role, p = next(iter(layer.parameters.items()))
-        shape = layer.axes_of(role).to_matrix(p.detach()).shape[:2]
+        whole = torch.empty(p.shape, device="meta")  # where p is one shard
+        shape = layer.axes_of(role).to_matrix(whole).shape[:2]
         if role in layer.parts:
             shape = (1, shape[1])
         return torch.ones(shape, dtype=self._dtype(p), device=p.device)
+
+    def shares(self, store: dict, names: Callable[[nn.Parameter], str]) -> list[Share]:
+        """Add up B, which is linear in the loss, and sums over rows, of which A is the mean."""
+        found, seen = [], {}
+        for layer in store.values():
+            if not isinstance(layer, ElementwiseLayer):
+                self.join_later(layer)
+            share = layer.share(names)
+            again = seen[share.key] = seen.get(share.key, -1) + 1
+            share.key = (*share.key, again)
+            found.append(share)
+        return found
+
+    def of_shares(self, sums: list[Share], parameters: Mapping[str, nn.Parameter]) -> dict:
+        """Return a store of sums."""
+        store = {}
+        for share in sums:
+            kind = ElementwiseLayer if share.frame[0] == "elementwise" else _Layer
+            own = {role: parameters[name] for role, name in share.parameters.items()}
+            store[share.key] = kind.of_share(share, own)
+        return store
 
     def merge(self, total: dict, store: dict, weight: float) -> None:
         """Add a batch: B is linear in the loss, A a mean over rows."""
@@ -475,6 +499,44 @@ class _Layer:
             A = self.A + part * (A - self.A)
             last = None if last is None else self.last + part * (last - self.last)
         self.A, self.last, self.rows = A, last, self.rows + rows
+
+    def share(self, names: Callable[[nn.Parameter], str]) -> Share:
+        """Return what adds up over processes."""
+        named = {role: names(p) for role, p in self.parameters.items()}
+        # with sums over positions that exist, a bias has a B of its own where some do not exist
+        summed = any(s.sharing is not None and s.sharing.normalize == "sum" for s in self.sites)
+        family = self.rule.family or type(self.rule).__qualname__
+        parts = tuple(self.parts.items())
+        share = Share(("layer", family, *named.items(), *parts), named)
+        share.frame = ("layer", self.groups, self.axes, self.bias_axes, parts, summed)
+        bias_B = self.B if summed and self.bias_B is None else self.bias_B
+        for name, t, power, times in (
+            ("A", self.A, 0, self.rows),
+            ("last", self.last, 0, self.rows),
+            ("B", self.B, 1, 1),
+            ("bias_B", bias_B, 1, 1),
+        ):
+            if t is not None:
+                share.parts[name] = Part(t, power, times)
+        share.counts["rows"] = self.rows
+        return share
+
+    @classmethod
+    def of_share(cls, share: Share, parameters: dict[str, nn.Parameter]) -> _Layer:
+        """Return the layer that has some sums."""
+        layer = object.__new__(cls)
+        _, layer.groups, layer.axes, layer.bias_axes, parts, summed = share.frame
+        layer.parts, layer.parameters = dict(parts), parameters
+        layer.sites, layer.rule, layer.later = {}, None, False
+        layer.normalize = "sum" if summed else None
+        sums = {name: part.tensor for name, part in share.parts.items()}
+        layer.rows = int(share.counts["rows"])
+        layer.A, layer.last = (
+            None if sums.get(name) is None else sums[name].div_(max(1, layer.rows))
+            for name in ("A", "last")
+        )
+        layer.B, layer.bias_B = sums.get("B"), sums.get("bias_B")
+        return layer
 
     def merge_into(self, total: dict, key: tuple, weight: float) -> None:
         """Add a batch's factors, B put on the total's scale."""

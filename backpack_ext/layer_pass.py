@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack_ext.bare import add_bare
 from backpack_ext.check import check_layers
 from backpack_ext.coverage import check_coverage
+from backpack_ext.data_parallel import prepare_wrappers
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
 from backpack_ext.graph import Reach, walk
@@ -24,6 +25,7 @@ from backpack_ext.loss_scale import LossScale
 from backpack_ext.pending import Pending
 from backpack_ext.quiet import Quiet
 from backpack_ext.rules.base import Rule
+from backpack_ext.shards import is_sharded, refuse
 from backpack_ext.sharing import sharing, sharing_of
 from backpack_ext.site import Site, is_no_parameter
 from backpack_ext.sweep import Receiver, Tap, missing_cotangents, sweep
@@ -76,6 +78,7 @@ class LayerPass(Receiver):
         seeds = [e for e in self.extensions if e.vectors.kind in ("exact", "mc")]
         scaled = [e for e in self.extensions if e.needs_scale]
         reach = walk(call.start.node)
+        prepare_wrappers(reach.wrappers)
         batch = self._batch(call.label, reach)
         call.sharing, layout = self._sharing(reach, call.label), None
         if call.sharing is not None:
@@ -84,9 +87,9 @@ class LayerPass(Receiver):
         elif (reach.sites or reach.whole) and call.z.shape[:1].numel() % batch == 0:
             layout = call.layout(batch)
         with self._quiet(call.z):
-            add_bare(reach, call.start, layout, call.z, self.bare)
+            self._add_bare(reach, call.start, layout, call.z)
         self._check_reach(reach)
-        if seeds or scaled or not self.publish:
+        if seeds or scaled or self.scale.collected:
             call.check()
             self.scale.note(call, grad, scaled)
         for site in reach.sites:
@@ -104,6 +107,7 @@ class LayerPass(Receiver):
         if any(node in nodes for nodes in self.nodes):
             return
         reach = walk(node)
+        prepare_wrappers(reach.wrappers)
         # hooks on tensors know the node but not which of its outputs; only the first is checked
         layout, first = None, tuple(node._input_metadata[0].shape) == tuple(grad.shape)
         batch = self._batch("the model's output", reach)
@@ -116,7 +120,7 @@ class LayerPass(Receiver):
                     segments = context.of_loss(grad.shape[0], batch, axis)
                 layout = Layout(grad.shape, batch, axis, None, segments)
         with self._quiet(grad):
-            add_bare(reach, GradientEdge(node, 0), layout, grad, self.bare)
+            self._add_bare(reach, GradientEdge(node, 0), layout, grad)
         self._check_reach(reach)
         self.unscaled.update((site, None) for site in reach.sites if site not in self.expected)
         self._tap(reach)
@@ -131,7 +135,9 @@ class LayerPass(Receiver):
     def finish(self) -> None:
         """Hand over what waits, and check that nothing is missing."""
         for ext in self.extensions:
-            if self.unscaled and (ext.vectors.kind in ("exact", "mc") or ext.needs_scale):
+            if not self.unscaled:
+                break
+            if ext.vectors.kind in ("exact", "mc") or ext.needs_scale or self.scale.collected:
                 raise RecordingError(
                     f"{type(ext).__name__} needs the loss, but the gradient reached "
                     f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
@@ -192,16 +198,21 @@ class LayerPass(Receiver):
         gradient: Callable[[], Tensor],
     ) -> None:
         """Check layers that are new; what turns out to be no layer is left to autograd."""
-        if not reach.sites:
+        if not reach.sites or is_sharded(reach.parameters.values()):  # its passes are nested ones
             return
         masked = context is not None and context.kind == "mask"
         with self._quiet(like):
             again = check_layers(start, reach, layout, like, gradient if masked else None)
             if again:
-                add_bare(reach, start, layout, like, self.bare)
+                self._add_bare(reach, start, layout, like)
         if again:
             self._check_reach(reach)
             self._tap(reach)
+
+    def _add_bare(self, reach: Reach, start: GradientEdge, layout: Layout | None, like: Tensor) -> None:
+        """Find layers for parameters that no recorded call covers, unless they are sharded."""
+        if not is_sharded(reach.parameters.values()):  # it may take nested passes
+            add_bare(reach, start, layout, like, self.bare)
 
     def _check_reach(self, reach: Reach) -> None:
         """Check what a loss or output depends on."""
@@ -248,6 +259,8 @@ class LayerPass(Receiver):
 
     def _sweep(self, call: LossCall, reach: Reach, batch: int, group: list[Extension]) -> None:
         """Run one sweep for all extensions that share its vectors."""
+        asked = f'{type(group[0]).__name__} with fisher="{group[0].vectors.kind}"'
+        refuse(asked, reach.parameters.values())
         first, pending = group[0], Pending()
         deliver = partial(self._deliver, group, pending)
         # in float16, where a scaler is needed, vectors travel in size one and are made smaller behind

@@ -18,14 +18,17 @@ class LossScale:
 
     Args:
         multiplier: The factor of a ``grad_scaler``, which does not count.
-        collected: Whether results are collected over a data set, which wants one scale.
+        collected: What collects results over data sets or processes, which wants one scale; if any.
+
+    Attributes:
+        terms: ``1 / r``, the number of terms that a mean loss is taken over; None for a sum.
     """
 
-    __slots__ = ("collected", "known", "multiplier", "value")
+    __slots__ = ("collected", "known", "multiplier", "terms", "value")
 
-    def __init__(self, multiplier: float, collected: bool):
+    def __init__(self, multiplier: float, collected: str | None):
         self.multiplier, self.collected = multiplier, collected
-        self.value, self.known = 1.0, False
+        self.value, self.known, self.terms = 1.0, False, None
 
     def note(self, call: LossCall, grad: Tensor, scaled: list[Extension]) -> None:
         """Record that of a loss.
@@ -45,12 +48,15 @@ class LossScale:
                 f"{call.label} enters the total with the negative factor {c:g}: its curvature would "
                 "be negative and has no real root. Give it a positive factor."
             )
-        scale = call.scale() * c
+        r = call.scale()
+        scale, terms = r * c, 1 / r if call.module.reduction == "mean" else None
         same = not self.known or abs(scale - self.value) <= 1e-6 * max(scale, self.value)
+        if self.collected and self.known:  # 2 losses of 1/2: the sum over processes tells them apart
+            same = same and abs((terms or 0) - (self.terms or 0)) <= 1e-6 * (terms or 0)
         if (scaled or self.collected) and not same:
-            what = f"{type(scaled[0]).__name__} with empirical vectors" if scaled else "dataset.collect"
+            what = f"{type(scaled[0]).__name__} with empirical vectors" if scaled else self.collected
             raise UnsupportedError(
                 f"{what} divides by the scale of the loss, but this backward pass has losses of "
                 f"scale {self.value:g} and {scale:g}. Use one pass per loss, or equal scales."
             )
-        self.value, self.known = scale, True
+        self.value, self.known, self.terms = scale, True, terms

@@ -301,6 +301,14 @@ class LowRankGGN(FactorExtension):
             scaled = block.scaled(weight)
             merged[name] = parameters, merged[name][1] + scaled if name in merged else scaled
 
+    def check_processes(self):
+        """Refuse: the columns of other processes' data are theirs."""
+        raise UnsupportedError(
+            "LowRankGGN: its columns are those of each process's own data, and the Gram matrix of all "
+            "needs the layers' inputs and vectors of all. Use it without process_group, on one process "
+            "with all the data or on each for its own; or KFAC or DiagGGN over processes."
+        )
+
     def over_batches(self):
         """Refuse sub-sampling and centring: both belong to one batch."""
         if self.subsample is not None or self.center:

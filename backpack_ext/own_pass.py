@@ -17,8 +17,16 @@ _START = torch.zeros((), requires_grad=True)
 def call(node: Node, arguments: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return an operation's vector-Jacobian product with what arrives at its outputs."""
     # C++ nodes are callable, those of a custom autograd.Function have `apply`
-    out = node(*arguments) if callable(node) else node.apply(*arguments)
-    return out if isinstance(out, tuple) else (out,)
+    if callable(node):
+        out = node(*arguments)
+        return out if isinstance(out, tuple) else (out,)
+    out = node.apply(*arguments)
+    out = out if isinstance(out, tuple) else (out,)
+    if len(out) == len(node.next_functions):
+        return out
+    # one for each argument of its forward, also for those that are no tensors
+    wanted = iter([t for t, need in zip(out, node.needs_input_grad, strict=False) if need])
+    return tuple(None if child is None else next(wanted) for child, _ in node.next_functions)
 
 
 class _Run(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backpack_ext.rules import find_rule
-from benchmarks import blocks, deep
+from benchmarks import blocks, data_parallel, deep
 from benchmarks.__main__ import main
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.memory import peak_memory
@@ -180,3 +180,21 @@ def test_deep_models_are_covered(name):
     shapes = shapes_of(problem.model, problem.x)
     assert len(shapes.attentions) == 2 and len(problem.model(problem.x)) == len(problem.y)
     assert len(shapes.layers) == 2 * 4 + (2 if name == "vit" else 1)
+
+
+def test_data_parallel(tmp_path, capsys):
+    """What is sent beside the gradients, counted by hand: 40 layers of width 32, and one of 10."""
+    found = data_parallel.main(["--quick", "--out", str(tmp_path)])
+    stored = json.loads((tmp_path / "data-parallel-cpu-quick.json").read_text())
+    assert stored == json.loads(json.dumps(found))
+    alone, pair = found["problems"]
+    assert (alone["processes"], pair["processes"]) == (1, 2)
+    assert [row["name"] for row in pair["rows"]] == list(data_parallel.ROWS)
+    assert all(row["sent"] == 0 for row in alone["rows"])
+    sent = {row["name"]: row["sent"] for row in pair["rows"]}
+    parameters = 40 * 33 * 32 + 33 * 10
+    assert sent["plain DDP"] == 4 * parameters
+    # an agreement of 6 numbers per process; the number of data, or of rows, per result
+    assert sent["DiagGGN mc"] == 2 * 4 * parameters + 8 * (2 * 6 + 82)
+    assert sent["KFAC expand mc"] == 4 * (parameters + 81 * 32**2 + 10**2) + 8 * (2 * 6 + 41)
+    assert "2 processes  KFAC reduce mc" in capsys.readouterr().out

@@ -48,6 +48,8 @@ _all(linear.SELECTIONS, linear.selection)
 _all(linear.SPLITS, linear.selection, several=True)
 _all(("NativeDropoutBackward0",), linear.many_to_one, several=True)
 _all(linear.IDENTITIES, linear.identity)
+# what DistributedDataParallel puts behind a model
+_all(("_DDPSinkBackward",), linear.identity, several=True)
 _all(linear.MANY_TO_ONE, linear.many_to_one)
 _all(("AminmaxBackward0",), linear.many_to_one, several=True)
 _all(upsampling.INTERPOLATIONS, upsampling.interpolation, shaped=True)
