@@ -163,7 +163,7 @@ def _densified(a: OneHot, b: Tensor, a2: OneHot, b2: Tensor) -> tuple[Tensor, Te
     if not bags and (n * s + m * t) * len(features) > CHUNK:
         return None
     dense = dense_inputs(a, features, b.dtype), dense_inputs(a2, features, b.dtype)
-    if bags or _explicit_is_cheaper(dense[0], b, dense[1], b2, a is a2):
+    if bags or _explicit_is_cheaper(dense[0], b, dense[1], b2, b is b2):
         return dense
     return None
 
@@ -183,4 +183,4 @@ def dense_inputs(a: OneHot, features: Tensor, dtype: torch.dtype) -> Tensor:
 def _of_tokens(a: OneHot, b: Tensor, a2: OneHot, b2: Tensor) -> Tensor:
     """Take the kernel route: two positions overlap where they select the same feature."""
     A = (a.index.reshape(-1, 1) == a2.index.reshape(1, -1)).to(b.dtype).unsqueeze(0)
-    return _kernel(A, b, b2, a is a2)
+    return _kernel(A, b, b2, b is b2)  # inputs may be shared by different vectors
