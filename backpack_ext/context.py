@@ -94,13 +94,14 @@ class backpack(_backpack.backpack):
                     "which knows nothing of other processes. Use ours, or no process_group."
                 )
             ext.check_processes()
-            ext.rank = self.processes.rank
 
     def __enter__(self) -> backpack:
         keep_out_of_compilation()
         check_thread("A with-block begins")
         if self.processes is not None:
             self.processes.enter()
+            for ext in self.exts:
+                ext.rank = self.processes.rank
         self.thread = threading.get_ident()
         super().__enter__()
         self._outer, backpack.current = backpack.current, self
@@ -110,6 +111,9 @@ class backpack(_backpack.backpack):
     def __exit__(self, kind, value, traceback) -> None:
         super().__exit__(kind, value, traceback)
         backpack.current = self._outer
+        if self.processes is not None:
+            for ext in self.exts:
+                ext.rank = 0
         if self.computed or kind is not None:
             return
         ours = list(filter(_ours, self.exts))

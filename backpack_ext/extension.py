@@ -142,6 +142,17 @@ class Extension(BackpropExtension):
         seed = (torch.initial_seed() + 7919 * self._order + 104_729_000_003 * self.rank) % 2**63
         return torch.Generator(device).manual_seed(seed)
 
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """Return what it was told, by name: processes whose results are summed compare it."""
+        simple = (str, int, float, bool, type(None), torch.dtype, Vectors)
+        given = {name: value for name, value in vars(self).items() if isinstance(value, simple)}
+        left_out = ("rank", "unsupported", "max_columns")  # no matter to the results
+        return tuple(
+            (name, repr(value))
+            for name, value in sorted(given.items())
+            if not name.startswith("_") and name not in left_out
+        )
+
     def sweep_key(self) -> tuple:
         """Extensions with equal keys share one sweep."""
         if self.vectors.kind == "mc":

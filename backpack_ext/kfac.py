@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
+from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +279,8 @@ class KFAC(Extension):
         """The gradient of a loss carries r c; outer products of it are to carry it once."""
         if self.fisher != "empirical" or unit.scale == 1:
             return 1.0
+        if not isfinite(unit.scale):  # a scaler's overflow: its inverse, 0, would hide that
+            return nan
         return 1 / unit.scale if unit.scale else 0.0
 
     def _constants(self, a: Tensor, unit: Unit) -> Tensor:

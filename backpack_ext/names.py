@@ -69,8 +69,11 @@ def _look_up(again: bool = False) -> WeakTensorKeyDictionary:
         for model in roots:
             if id(model) in inner:
                 continue  # a part that was called on its own, or a wrapped model
+            paths = [path for path, _ in model.named_parameters()]
+            # a module of the user's own may be called like a wrapper's: then nothing is left out
+            clash = len({_unwrapped(path) for path in paths}) < len(paths)
             for path, p in model.named_parameters():
-                name = _unwrapped(path)
+                name = path if clash else _unwrapped(path)
                 p = held(p)
                 found[p] = min(name, found.get(p, name))
         _known = WeakSet(roots), found

@@ -40,8 +40,10 @@ Outlines = tuple[Outline, ...]
 # How many blocks were entered with a group: who is ahead of others has missed a failure.
 _blocks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-# What groups of processes agreed on, by their digests.
-_agreed: dict[tuple[bytes, ...], Outlines] = {}
+# What the processes of a group agreed on, by their digests. All of them have the same exchanges behind
+# them, and forget at the same time.
+_agreed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+REMEMBERED = 256
 
 
 class Processes:
@@ -65,7 +67,7 @@ class Processes:
                 f"process_group={group!r}: expected a torch.distributed process group this process "
                 "belongs to; torch.distributed.group.WORLD has all processes."
             )
-        if not timeout > 0:
+        if not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
             raise ValueError(f"timeout={timeout!r}: expected a positive number of seconds.")
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -100,7 +102,7 @@ class Processes:
         for k, ext in enumerate(stores):
             head = (k, type(ext).__name__, ext.savefield)
             owners[head] = ext
-            shares.append(Share(head, {}))  # says that the extension is there
+            shares.append(Share(head, {}, ext.options()))  # says that the extension is there, and how
             if not ext.per_datum:
                 for share in ext.shares(stores[ext], names):
                     share.key = (*head, *share.key)
@@ -111,9 +113,12 @@ class Processes:
         weight = self._weight(scale, rows)
         digests = tuple(row[4:6] for row in rows)
         if any(d != digests[0] for d in digests):
-            if digests not in _agreed:
-                _agreed[digests] = self._exchange(outlines, names)
-            outlines = _agreed[digests]
+            agreed = _agreed.setdefault(self.group, {})
+            if digests not in agreed:
+                if len(agreed) >= REMEMBERED:
+                    agreed.clear()
+                agreed[digests] = self._exchange(outlines, names)
+            outlines = agreed[digests]
             shares = self._complete(shares, outlines, names)
         self._sum(shares, weight)
         combined: dict[Extension, dict] = {}
@@ -147,7 +152,8 @@ class Processes:
             told = ", ".join(f"rank {k}: {v}" for k, v in enumerate(values))
             raise ProcessGroupError(
                 f"backpack(process_group=...): the processes {what}, {which} {told}. Each process has "
-                "to run the same backward passes; one of them probably failed and went on."
+                "to run the same backward passes; one of them probably failed and went on, or entered a "
+                "with-block without a backward pass. After that it takes a new process group."
             )
 
     def _weight(self, scale: LossScale, rows: list[tuple[float, ...]]) -> float:
@@ -159,9 +165,8 @@ class Processes:
     def _exchange(self, outlines: Outlines, names: Names) -> Outlines:
         """Return what all processes have to add, the first one's order first."""
         stage = "exchanging descriptions of what is to be summed"
-        data = torch.frombuffer(
-            bytearray(pickle.dumps((outlines, set(names.parameters)))), dtype=torch.uint8
-        )
+        trained = {name: p.requires_grad for name, p in names.parameters.items()}
+        data = torch.frombuffer(bytearray(pickle.dumps((outlines, trained))), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(data)
         lengths = self._all_reduce([lengths.to(self.device)], stage)[0].tolist()
@@ -182,6 +187,12 @@ class Processes:
                 for _, name in outline.parameters:
                     if name not in known:
                         raise _lacking(rank, f"parameter {name!r}")
+                    if not known[name]:
+                        # zeros would count it as not used there
+                        raise UnsupportedError(
+                            f"backpack(process_group=...): parameter {name!r} is frozen on rank {rank} "
+                            "and trained on another. Freeze the same parameters on all processes."
+                        )
         return tuple(union.values())
 
     def _complete(self, shares: list[Share], outlines: Outlines, names: Names) -> list[Share]:
@@ -295,6 +306,13 @@ def _joined(one: Outline, other: Outline, rank: int) -> Outline:
     """Return an outline that has what either has."""
     if one == other:
         return one
+    if len(one.key) == 3 and one.frame != other.frame:
+        first, second = (dict(o.frame) for o in (one, other))
+        names = [name for name in first | second if first.get(name) != second.get(name)]
+        raise UnsupportedError(
+            f"backpack(process_group=...): {one.key[1]} has other options on rank {rank} than on a rank "
+            f"before it: {', '.join(names)}. Their results are no parts of one sum."
+        )
     parts = {name: rest for name, *rest in one.parts}
     same = one.frame == other.frame and one.parameters == other.parameters
     if not same or any(parts.get(name, rest) != rest for name, *rest in other.parts):

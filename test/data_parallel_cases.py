@@ -269,6 +269,29 @@ def other_shapes(group):
 
 
 @case
+def other_options(group):
+    """What differs without other shapes or names."""
+    problem = problem_of("mlp")
+    extend(problem.model), extend(problem.loss_fn)
+    rank = dist.get_rank(group)
+    for ext, option in (
+        (KFAC("reduce" if rank else "expand", "empirical"), "approx"),
+        (KFAC(fisher="exact" if rank else "empirical"), "fisher"),
+        (DiagGGN("mc", mc_samples=1 + rank), "vectors"),
+        (HesScale(gauss_newton=rank > 0, savefield="hesscale"), "gauss_newton"),
+    ):
+        refused(option, group, problem.loss, [ext])
+
+
+@case
+def frozen_on_one_process(group):
+    problem = problem_of("mlp")
+    extend(problem.model), extend(problem.loss_fn)
+    next(problem.model.parameters()).requires_grad_(dist.get_rank(group) > 0)
+    refused("is frozen on rank 0", group, problem.loss, [DiagGGN()])
+
+
+@case
 def other_extensions(group):
     ext = DiagGGN() if dist.get_rank(group) else SumGradSquared()
     model, loss_fn, x = extend(nn.Linear(3, 3)), extend(nn.MSELoss()), torch.ones(2, 3)
