@@ -727,3 +727,13 @@ def test_activation_checkpointing(data):
     same(run(plain, nn.CrossEntropyLoss(), *data), run(lean, nn.CrossEntropyLoss(), *data))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         run(old, nn.CrossEntropyLoss(), *data)
+
+
+def test_overflow_under_a_scaler_shows():
+    """The scale of the loss is infinite then, and its inverse would be zero."""
+    model, loss_fn = extend(nn.Linear(4, 3)).float(), extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(2, 4).float(), torch.tensor([0, 2])
+    for ext in (KFAC(fisher="empirical"), KFAC(fisher="empirical", bias="joint")):
+        with backpack(ext):
+            (loss_fn(model(x), y) * float("inf")).backward()
+        assert model.weight.kfac.B.isnan().all()
