@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite, nan, sqrt
+from math import sqrt
 
 import torch
 
@@ -38,10 +38,7 @@ class FactorExtension(Extension):
         columns = self._store(store, "columns")
         columns.data, columns.scale = self.selection(unit.batch)
         if self.needs_scale:
-            if isfinite(unit.scale):
-                columns.scale *= 1 / sqrt(unit.scale) if unit.scale else 0.0
-            else:  # a scaler's overflow
-                columns.scale = nan
+            columns.scale *= sqrt(unit.inverse_scale)
         self._add(store, "columns", unit)
 
     def absorb_gradient(self, store: dict, units: list[Unit]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
@@ -276,12 +275,8 @@ class KFAC(Extension):
         return "mean" if unit.existing is None else unit.normalize
 
     def b_factor(self, unit: Unit) -> float:
-        """The gradient of a loss carries r c; outer products of it are to carry it once."""
-        if self.fisher != "empirical" or unit.scale == 1:
-            return 1.0
-        if not isfinite(unit.scale):  # a scaler's overflow: its inverse, 0, would hide that
-            return nan
-        return 1 / unit.scale if unit.scale else 0.0
+        """What outer products of vectors are multiplied with."""
+        return unit.inverse_scale if self.fisher == "empirical" else 1.0
 
     def _constants(self, a: Tensor, unit: Unit) -> Tensor:
         """Return what a bias's inputs, which are ones, become in the rows of A, ``[r]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import isclose
 
 import torch
@@ -13,7 +14,7 @@ from backpack_ext.context import backpack
 from backpack_ext.errors import RecordingError
 from backpack_ext.extension import Vectors
 from backpack_ext.factor_extension import FactorExtension, Selection
-from curvature.factor import DenseFactor, Factor, Stacked
+from curvature.factor import Factor, totals
 
 
 class LowRankGGNPart(FactorExtension):
@@ -177,9 +178,7 @@ class RecomputedFactor(Factor):
         out = self._zeros(self.columns, self.columns)
         for k, (here, part) in enumerate(self._parts()):
             out[here[:, None], here] = part.gram()
-            for j, (there, other) in enumerate(self._parts()):
-                if j == k:
-                    break
+            for there, other in islice(self._parts(), k):
                 block = part.gram(other)
                 out[here[:, None], there] = block
                 out[there[:, None], here] = block.mT
@@ -191,7 +190,9 @@ class RecomputedFactor(Factor):
             out[here] = part.gram(other)
         return out
 
-    def _gram_from(self, one: Factor) -> Tensor:
+    def _gram_from(self, one: Factor) -> Tensor | None:
+        if isinstance(one, RecomputedFactor):
+            return None  # its parts, not these, are to be the outer loop: they are the dearer ones
         out = self._zeros(one.columns, self.columns)
         for here, part in self._parts():
             out[:, here] = one.gram(part)
@@ -199,11 +200,7 @@ class RecomputedFactor(Factor):
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
-        total = None
-        for here, part in self._parts():
-            found = part.apply(coefficients[:, here])
-            total = found if total is None else tuple(map(torch.add, total, found))
-        return total
+        return totals(part.apply(coefficients[:, here]) for here, part in self._parts())
 
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
@@ -214,17 +211,11 @@ class RecomputedFactor(Factor):
 
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``."""
-        total = None
-        for _, part in self._parts():
-            found = part.square_sum()
-            total = found if total is None else tuple(map(torch.add, total, found))
-        return total
+        return totals(part.square_sum() for _, part in self._parts())
 
     def select(self, index: Tensor) -> Factor:
         """Return the factor of some columns, which it keeps."""
-        c = self._zeros(len(index), self.columns)
-        c[torch.arange(len(index)), index] = 1
-        return Stacked([DenseFactor(rows) for rows in self.apply(c)])
+        return self.formed(index)
 
     def scaled(self, scale: float) -> Factor:
         """Return a multiple of the factor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ class Unit:
         self._a = self._b = self._existing = self._G = None
         # whether several extensions will ask for `weight_grads`
         self.keeps_grads = False
+
+    @property
+    def inverse_scale(self) -> float:
+        """``1 / (r c)``: the gradient carries r c, and outer products of it are to carry it once."""
+        if not isfinite(self.scale):  # a scaler's overflow: the inverse, 0, would hide that
+            return nan
+        return 1 / self.scale if self.scale else 0.0
 
     @property
     def key(self) -> tuple:

@@ -140,6 +140,12 @@ class Factor(ABC):
 
         return self.mapped(move)
 
+    def formed(self, index: Tensor) -> Factor:
+        """Return the factor of some columns, explicit ones."""
+        c = torch.zeros(len(index), self.columns, dtype=self.dtype, device=self.device)
+        c[torch.arange(len(index), device=index.device), index] = 1
+        return Stacked([DenseFactor(rows) for rows in self.apply(c)])
+
     def explicit(self) -> tuple[Tensor, ...]:
         """Return all columns as parameter-shaped tensors ``[q, *shape]``: V itself."""
         return self.apply(torch.eye(self.columns, dtype=self.dtype, device=self.device))
@@ -360,8 +366,7 @@ class Sum(_Parts):
 
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
-        each = [part.apply(coefficients) for part in self.parts]
-        return tuple(_total(terms) for terms in zip(*each, strict=True))
+        return totals(part.apply(coefficients) for part in self.parts)
 
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
@@ -369,12 +374,9 @@ class Sum(_Parts):
 
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``, column by column."""
-        totals = None
         step = max(1, CHUNK // max(1, self.dim))
-        for part in torch.arange(self.columns, device=self.device).split(step):
-            squares = [t.square().sum(0) for t in self.select(part).explicit()]
-            totals = squares if totals is None else [a + b for a, b in zip(totals, squares, strict=True)]
-        return tuple(totals)
+        pieces = torch.arange(self.columns, device=self.device).split(step)
+        return totals([t.square().sum(0) for t in self.select(k).explicit()] for k in pieces)
 
     def select(self, index: Tensor) -> Factor:
         """Return the factor of some columns."""
@@ -424,8 +426,7 @@ class Concatenated(_Parts):
         """Return ``V c``; see `Factor.apply`."""
         sizes = [part.columns for part in self.parts]
         pieces = zip(self.parts, coefficients.split(sizes, dim=1), strict=True)
-        each = [part.apply(c) for part, c in pieces]
-        return tuple(_total(terms) for terms in zip(*each, strict=True))
+        return totals(part.apply(c) for part, c in pieces)
 
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
@@ -433,8 +434,7 @@ class Concatenated(_Parts):
 
     def square_sum(self) -> tuple[Tensor, ...]:
         """Return the diagonal of ``V V^T``."""
-        each = [part.square_sum() for part in self.parts]
-        return tuple(_total(terms) for terms in zip(*each, strict=True))
+        return totals(part.square_sum() for part in self.parts)
 
     def select(self, index: Tensor) -> Factor:
         """Return the factor of some columns."""
@@ -493,9 +493,7 @@ class Centered(_Parts):
 
     def select(self, index: Tensor) -> Factor:
         """Return the factor of some columns, minus the means of all."""
-        c = torch.zeros(len(index), self.columns, dtype=self.dtype, device=self.device)
-        c[torch.arange(len(index), device=index.device), index] = 1
-        return Stacked([DenseFactor(rows) for rows in self.apply(c)])
+        return self.formed(index)
 
     def scaled(self, scale: float) -> Factor:
         """Return a multiple of the factor."""
@@ -504,6 +502,14 @@ class Centered(_Parts):
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
         """Return a factor with other tensors; see `Factor.mapped`."""
         return Centered(self.parts[0].mapped(function), self.slots)
+
+
+def totals(terms: Iterable[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Add up what there is one tensor of per parameter; terms are let go of one by one."""
+    total = None
+    for term in terms:
+        total = tuple(term) if total is None else tuple(map(torch.add, total, term))
+    return total
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -216,6 +216,24 @@ def test_closures_keep_the_data_type():
     torch.testing.assert_close(ggn.block.to_dense(), plain)
 
 
+def test_closures_run_no_more_than_they_have_to():
+    """With k parts the pairs of parts, each of them once, and k passes for the gradient per part."""
+    x, y = data()
+    model, loss_fn = extend(nn.Linear(3, 3)), extend(nn.CrossEntropyLoss())
+    runs = []
+
+    def closure():
+        runs.append(1)
+        return loss_fn(model(x), y)
+
+    for options, expected in (({"gradients": False}, 0), ({}, N + N * N)):
+        with pytest.warns(UserWarning, match="max_memory"):
+            ggn = passed(model, loss_fn, x, y, closure=closure, max_memory=1, **options)
+        runs.clear()
+        ggn.block.gram()
+        assert len(runs) == N * (N + 1) // 2 + expected
+
+
 def test_inputs_are_counted_once():
     x = torch.randn(64, 200)
     model, loss_fn = extend(nn.Linear(200, 1)), extend(nn.MSELoss())
