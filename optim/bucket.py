@@ -40,6 +40,8 @@ class Bucket:
         states: The layers' entries in the optimizer's state: what they have is taken over, what they
             have not begins, and all are filled with views.
         dtype: Data type of the matrices.
+        labels: What to call the layers' weights in messages.
+        owner: Rank of the process that refreshes them.
 
     Raises:
         ValueError: If a state has some of a matrix's tensors, but not all, or of another shape.
@@ -53,10 +55,11 @@ class Bucket:
         states: Sequence[dict[str, Any]],
         dtype: torch.dtype,
         labels: Sequence[str],
+        owner: int,
     ):
         self.layers, self.form, self.slots = list(layers), form, dict(slots)
         self.index = {layer: k for k, layer in enumerate(self.layers)}
-        self.dtype, self.device = dtype, layers[0].weight.device
+        self.dtype, self.device, self.owner = dtype, layers[0].weight.device, owner
         self.matrices: dict[str, StructuredMatrix] = {}
         self.cache: Any = None  # what follows from the matrices, and is made anew when they change
         count = len(self.layers) * form.groups
@@ -78,6 +81,14 @@ class Bucket:
     def single(self) -> bool:
         """Whether there is a single matrix, which has no leading axis."""
         return len(self.layers) * self.form.groups == 1
+
+    def empty(self) -> Tensor:
+        """Return room for matrices shaped like the layers' weights, ``[(L g),o,i]``."""
+        count = len(self.layers) * self.form.groups
+        shape = (self.form.rows, self.form.columns)
+        return torch.empty(
+            shape if self.single else (count, *shape), dtype=self.dtype, device=self.device
+        )
 
     def rows_of(self, layers: Sequence[Layer]) -> Tensor | None:
         """Return the places of some layers' matrices in the stack; None for all."""
@@ -139,4 +150,9 @@ def _take_over(state: dict[str, Any], name: str, views: list[Tensor], label: str
             )
         for key, view in zip(keys, views, strict=True):
             view.copy_(state[key])
+    elif "owner" in state and any("." in key for key in state):
+        raise ValueError(
+            f"The state of parameter {label} has no {name}. Was it saved by another process, with "
+            'placement="memory"? Each process saves, and loads, a state of its own then.'
+        )
     state.update(zip(keys, views, strict=True))

@@ -138,31 +138,30 @@ class KFAC(NaturalGradient):
         self,
         bucket: Bucket,
         group: dict,
-        layers: list[Layer],
+        plans: dict[Layer, tuple[bool, bool]],
         A: StructuredMatrix,
         B: StructuredMatrix,
     ) -> None:
-        states = [self.state[layer.weight] for layer in layers]
-        first = [0.0 if state.get("updates", 0) == 0 else group["decay"] for state in states]
-        keep = torch.tensor(first, device=bucket.device).repeat_interleave(bucket.form.groups)
+        decays = [0.0 if first else group["decay"] for first, _ in plans.values()]
+        keep = torch.tensor(decays, device=bucket.device).repeat_interleave(bucket.form.groups)
         keep = keep[0] if bucket.single else keep
-        rows = bucket.rows_of(layers)
+        rows = bucket.rows_of(list(plans))
         for side, new in (("A", A), ("B", B)):
             old = bucket.get(side, rows).to(new.dtype)
             bucket.put(side, new + (old - new) * keep.to(new.dtype), rows, self._write)
-        for state in states:
-            state["updates"] = state.get("updates", 0) + 1
-        self._invert(bucket, group, [layer for layer in layers if self._inverts(layer)])
+        self._invert(bucket, group, [layer for layer, (_, inverts) in plans.items() if inverts])
 
-    def _inverts(self, layer: Layer) -> bool:
-        """Whether a layer's factors are to be inverted in this step; notes that they are."""
+    def _plan(self, layer: Layer) -> tuple[bool, bool]:
+        """Return whether a layer's factors are its first, and whether they are to be inverted."""
         state, now = self.state[layer.weight], self._clock["step"]
+        first = "updates" not in state
+        state["updates"] = state.get("updates", 0) + 1
         if self.inverse_interval is not None and "inverted" in state:
             interval = interval_at("KFAC", "inverse_interval", self.inverse_interval, now)
             if now - state["inverted"] < interval:
-                return False
+                return first, False
         state["inverted"] = now
-        return True
+        return first, True
 
     def _invert(self, bucket: Bucket, group: dict, layers: list[Layer]) -> None:
         """Compute the inverses, or eigenbases, of some layers' factors."""

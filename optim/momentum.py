@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.sharded import local
 from optim.state import state_dtype
 
 
@@ -35,15 +36,17 @@ def momentum_step(
         weight_decay: Coefficient w.
         write: ``write(target, source)`` overwrites a tensor, rounding to its data type.
     """
-    dtype = state_dtype(p)
-    n = n.to(dtype)
+    dtype, new = state_dtype(p), momentum and "momentum_buffer" not in state
+    if new:
+        V = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        state["momentum_buffer"] = V
+    p, n = local(p), local(n).to(dtype)
     if weight_decay:
         n.add_(p, alpha=weight_decay)
     if momentum:
-        V = state.get("momentum_buffer")
-        if V is None:
-            V = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state["momentum_buffer"] = V.copy_(n)
+        V = local(state["momentum_buffer"])
+        if new:
+            V.copy_(n)
         elif V.is_contiguous() and V.dtype == n.dtype:
             torch.add(n, V, alpha=momentum, out=V)  # one pass over V instead of two
         else:

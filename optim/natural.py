@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +22,10 @@ from optim.bucket import Bucket, Slot
 from optim.fallback import Fallback
 from optim.layers import Layer, Layers, labels
 from optim.momentum import momentum_step
+from optim.placement import placement_of
 from optim.rounding import copy_rounded_
 from optim.schedules import Interval, check_interval, check_number, interval_at
+from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, loaded, state_dtype
 from optim.statistics import Moments, Statistics
 from optim.structure import DIAGONAL, Structure, structures_of
@@ -94,6 +97,7 @@ class NaturalGradient(CurvatureOptimizer):
         self.factor_dtype, self.fallback_lr = factor_dtype, fallback_lr
         self.stochastic_rounding, self.maximize = bool(stochastic_rounding), bool(maximize)
         self.fallback = Fallback(name, fallback, fallback_options, self.maximize)
+        self._placement = placement_of(name, process_group, placement)
         self._layers = Layers(bool(joint_bias))
         wide = None if factor_dtype is None else torch.promote_types(factor_dtype, torch.float32)
         self.statistics = Statistics(
@@ -132,11 +136,22 @@ class NaturalGradient(CurvatureOptimizer):
         self,
         bucket: Bucket,
         group: dict,
-        layers: list[Layer],
+        plans: dict[Layer, Any],
         A: StructuredMatrix,
         B: StructuredMatrix,
     ) -> None:
-        """Change the matrices of some of a bucket's layers by new moments, in the bucket's form."""
+        """Change the matrices of some of a bucket's layers by new moments, in the bucket's form.
+
+        Args:
+            bucket: The bucket.
+            group: The layers' parameter group.
+            plans: The layers, in the bucket's order, with what `_plan` said.
+            A: Moments of the inputs.
+            B: Moments of the vectors.
+        """
+
+    def _plan(self, layer: Layer) -> Any:
+        """Note that a layer is refreshed, by whichever process; return what `_refresh` needs of that."""
 
     @abstractmethod
     def _precondition(self, bucket: Bucket, group: dict, G: Tensor) -> Tensor:
@@ -158,7 +173,7 @@ class NaturalGradient(CurvatureOptimizer):
     # Attributes that a copy has as well.
     copied: ClassVar[tuple[str, ...]] = (
         *("interval", "factor_dtype", "fallback_lr", "stochastic_rounding", "maximize", "fallback"),
-        *("statistics", "_layers"),
+        *("statistics", "_layers", "_placement"),
     )
 
     # names of the slots that moments are projected with, by side; none if the coordinates are plain
@@ -228,26 +243,133 @@ class NaturalGradient(CurvatureOptimizer):
         moments = self.statistics.take()
         if self._lost and not still:
             self._find_lost(present)
-            moments = moments if due else []
-        if not self._finite(present, moments):
+        found = {m.layer: m for m in moments} if due else {}
+        finite = self._finite(present, moments)
+        if self._placement.size > 1 and not still:
+            finite = self._agree(found, finite, due)
+        if not finite:
             self._tick(skipped=self.skipped + 1)
             return loss
-        self._activate([m.layer for m in moments])
+        self._activate(found)
         self._activate(filter(None, map(self._layers.owner, present)))
-        if moments:
-            self._refresh_all(moments)
+        if found:
+            self._refresh_all(found)
         self._update(present)
         if not still:
             self._tick(step=self._clock["step"] + 1)
         return loss
 
-    def _refresh_all(self, moments: list[Moments]) -> None:
-        """Refresh the matrices of layers."""
-        for bucket, found in self._by_bucket({m.layer: m for m in moments}):
-            A, B = (bucket.stacked([getattr(m, side) for m in found.values()]) for side in "AB")
-            self._refresh(bucket, self._group_of[bucket.layers[0].weight], list(found), A, B)
+    def _refresh_all(self, moments: dict[Layer, Moments]) -> None:
+        """Refresh the matrices of layers, each in one of the processes."""
+        if self._placement.size > 1:
+            moments = self._reduced(moments)
+        plans = {layer: self._plan(layer) for layer in moments}
+        for bucket, found in self._by_bucket(moments):
+            if bucket.owner == self._placement.rank:
+                own = [found[layer] for layer in found]
+                A, B = (bucket.stacked([getattr(m, side) for m in own]) for side in "AB")
+                group = self._group_of[bucket.layers[0].weight]
+                self._refresh(bucket, group, {layer: plans[layer] for layer in found}, A, B)
+        if self._placement.size > 1:
+            self._send_matrices(moments)
         clock = self._clock
         self._tick(refreshed=clock["step"], refreshes=clock["refreshes"] + 1)
+
+    # ------------------------------------------------------------------ several processes
+
+    def _agree(self, found: dict[Layer, Moments], finite: bool, due: bool) -> bool:
+        """Return whether all is finite in all processes, and note layers that only others have reached.
+
+        Gradients are the same in all processes, unless parameters are sharded.
+
+        Args:
+            found: What was gathered here; layers that others have reached are added, without moments.
+            finite: Whether all is finite here.
+            due: Whether there is something to be gathered.
+
+        Raises:
+            ValueError: If processes read a weight in different ways.
+        """
+        if not due:
+            if not any(map(is_sharded, self._group_of)):
+                return finite
+            return self._placement.all(finite, self._device)
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = {p: k for k, p in enumerate(params)}
+        known = [
+            (numbers[layer.weight], None if layer.bias is None else numbers[layer.bias], layer.form)
+            for layer in found
+        ]
+        answers = self._placement.gather((finite, known))
+        if not all(flag for flag, _ in answers):
+            return False
+        reached: dict[int, tuple] = {}
+        for _, entries in answers:
+            for entry in entries:
+                if reached.setdefault(entry[0], entry) != entry:
+                    raise ValueError(
+                        f"{type(self).__name__}: processes read the weight of parameter "
+                        f"{labels(self.param_groups)[params[entry[0]]]} in different ways."
+                    )
+        own = dict(found)
+        found.clear()
+        for number in sorted(reached):
+            _, bias, form = reached[number]
+            weight = params[number]
+            layer = self._layers.of_weight(weight)
+            if layer is None or layer.form != form:
+                layer = self._layers.add(Layer(weight, None if bias is None else params[bias], form))
+            found[layer] = own.get(layer) or Moments(layer)
+        return True
+
+    def _reduced(self, moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
+        """Return the moments of all processes together, of the layers that this one refreshes.
+
+        A is the mean over the rows of all, B the mean over processes: that of the mean of their losses.
+        For layers of others, what is returned has no meaning.
+        """
+        sums: dict[Layer, tuple[StructuredMatrix, Tensor, StructuredMatrix]] = {}
+        messages: dict[int, list[Tensor]] = {}
+        for layer, m in moments.items():
+            g, dtype = layer.form.groups, torch.promote_types(self._dtype_of(layer), torch.float32)
+            like = torch.empty(0, dtype=dtype, device=layer.weight.device)
+            first, second = self._structures_of(layer)
+            rows = torch.zeros(g, dtype=dtype, device=like.device) + m.rows
+            if m.A is None:
+                A = first.zeros(layer.form.columns, (g,), like)
+                B = second.zeros(layer.form.rows, (g,), like)
+            else:
+                A, B = m.A * rows, m.B * (1 / self._placement.size)
+            A, B = (M.like(t.contiguous() for t in M.tensors) for M in (A, B))
+            sums[layer] = A, rows, B
+            owner = self._buckets[layer].owner
+            messages.setdefault(owner, []).extend((*A.tensors, rows, *B.tensors))
+        self._placement.reduce(messages)
+        found = {}
+        for layer, (A, rows, B) in sums.items():
+            found[layer] = m = Moments(layer)
+            m.A, m.B, m.rows = A * (1 / rows.clamp(min=1)), B, rows
+        return found
+
+    def _send_matrices(self, layers: Iterable[Layer]) -> None:
+        """Give all processes the matrices that they keep."""
+        messages: dict[int, list[Tensor]] = {}
+        for layer in layers:
+            bucket, state = self._buckets[layer], self.state[layer.weight]
+            kept = self._kept(bucket.slots, everything=self._placement.keeps(None))
+            for name in kept:
+                count = len(bucket.matrices[name].tensors)
+                messages.setdefault(bucket.owner, []).extend(state[f"{name}.{j}"] for j in range(count))
+            bucket.cache = None
+        self._placement.broadcast(messages)
+
+    def _kept(self, slots: Mapping[str, Slot], everything: bool) -> dict[str, Slot]:
+        """Return the matrices that a process keeps: all, or what its moments are projected with."""
+        if everything:
+            return dict(slots)
+        return {name: slots[name] for name in slots if name in self.coordinates.values()}
+
+    # ------------------------------------------------------------------ the parameters
 
     def _update(self, present: list[Tensor]) -> None:
         """Change the parameters."""
@@ -271,29 +393,40 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield parameters with preconditioned gradients, bucket by bucket, so that few are held."""
-        for bucket, found in self._by_bucket(dict.fromkeys(layers)):
-            group = self._group_of[bucket.layers[0].weight]
-            matrices = [self._gradient(layer).to(bucket.dtype) for layer in bucket.layers]
-            if bucket.single:
-                G = matrices[0].squeeze(0)
-            else:
-                G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-            del matrices
-            N = self._precondition(bucket, group, G)
+        buckets = self._by_bucket(dict.fromkeys(layers))
+        received: dict[int, list[Tensor]] = {}
+        if not self._placement.keeps(None):
+            for bucket, _ in buckets:
+                own = bucket.owner == self._placement.rank
+                N = self._preconditioned(bucket) if own else bucket.empty()
+                received.setdefault(bucket.owner, []).append(N.contiguous())
+            self._placement.broadcast(received)
+        for bucket, found in buckets:
+            N = received[bucket.owner].pop(0) if received else self._preconditioned(bucket)
             if self.maximize:
                 N.neg_()
             parts = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
             yield [
-                (p, n)
+                (p, like_parameter(n, p))
                 for layer, part in zip(bucket.layers, parts, strict=True)
                 if layer in found
                 for p, n in zip(layer.parameters, layer.split(part), strict=True)
                 if p.grad is not None
             ]
 
+    def _preconditioned(self, bucket: Bucket) -> Tensor:
+        """Return the preconditioned gradients of a bucket's layers."""
+        matrices = [self._gradient(layer).to(bucket.dtype) for layer in bucket.layers]
+        if bucket.single:
+            G = matrices[0].squeeze(0)
+        else:
+            G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        del matrices
+        return self._precondition(bucket, self._group_of[bucket.layers[0].weight], G)
+
     def _gradient(self, layer: Layer) -> Tensor:
         """Return the gradient ``[g,o,i]`` of a layer; what a pass has not reached counts as zero."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
+        grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in layer.parameters]
         return layer.matrix(grads[0], grads[1] if len(grads) > 1 else None)
 
     def _fall_back(self, params: list[Tensor]) -> None:
@@ -408,24 +541,55 @@ class NaturalGradient(CurvatureOptimizer):
         together: dict[tuple, list[Layer]] = {}
         numbers = {id(group): k for k, group in enumerate(self.param_groups)}
         ordered = [self._layers.of_weight(p) for p in self._group_of]  # always the same order
+        ordered = [layer for layer in ordered if layer in self._active]
+        owners = self._owners(ordered)
         for layer in ordered:
-            if layer not in self._active:
-                continue
             p = layer.weight
             key = (numbers[id(self._group_of[p])], layer.form, self._structures_of(layer))
-            together.setdefault((*key, p.dtype, p.device), []).append(layer)
+            together.setdefault((*key, p.dtype, p.device, owners[layer]), []).append(layer)
         self._buckets = {}
         called = labels(self.param_groups)
-        for (_, form, structures, *_), layers in together.items():
+        for (_, form, structures, *_, owner), layers in together.items():
             group = self._group_of[layers[0].weight]
             states = [self.state[layer.weight] for layer in layers]
             names = [called[layer.weight] for layer in layers]
-            slots = self._slots(group, structures)
-            bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names)
+            slots = self._kept(self._slots(group, structures), self._placement.keeps(owner))
+            bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names, owner)
             for layer, state in zip(layers, states, strict=True):
                 state["kind"] = WEIGHT
                 self._buckets[layer] = bucket
         self._version = self._layers.version
+
+    def _owners(self, layers: list[Layer]) -> dict[Layer, int]:
+        """Return which process refreshes each layer; that does not change any more.
+
+        Raises:
+            ValueError: If a loaded state was saved by more processes.
+        """
+        if self._placement.size == 1:
+            return dict.fromkeys(layers, 0)
+        costs, owners = {}, {}
+        for layer in layers:
+            group = self._group_of[layer.weight]
+            sides = zip((layer.form.columns, layer.form.rows), self._structures_of(layer), strict=True)
+            costs[layer] = layer.form.groups * sum(
+                dim * sum(map(prod, structure.cls.shapes(dim, **dict(structure.options))))
+                for dim, structure in sides
+            )
+            state = self.state.get(layer.weight, {})
+            if "owner" in state:
+                owners[layer] = state["owner"]
+                if owners[layer] >= self._placement.size:
+                    raise ValueError(
+                        f"{type(self).__name__}: the state of parameter "
+                        f"{labels([group])[layer.weight]} belongs to process {owners[layer]}, but there "
+                        f"are {self._placement.size}. Load it with as many processes as saved it, or "
+                        "with one."
+                    )
+        found = self._placement.assign(costs, owners)
+        for layer, owner in found.items():
+            self.state[layer.weight]["owner"] = owner
+        return found
 
     def _adopt(self, layer: Layer) -> None:
         """Take a layer whose parameters have a state already."""
@@ -500,7 +664,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _finite(self, present: list[Tensor], moments: list[Moments]) -> bool:
         """Whether all gradients and moments are finite."""
-        grads = [p.grad for p in present if p.grad.numel()]
+        grads = [g for p in present if (g := local(p.grad)).numel()]
         values = list(torch._foreach_norm(grads, float("inf")))
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
         device = values[0].device
@@ -579,7 +743,9 @@ class NaturalGradient(CurvatureOptimizer):
                     )
         for index, state in state_dict["state"].items():
             names = {key.partition(".")[0] for key in state if "." in key}
-            if ("kind" in state and (state["kind"] == WEIGHT) != bool(names)) or "kind" not in state:
+            kind, owner = state.get("kind"), state.get("owner", self._placement.rank)
+            fits = bool(names) == (kind == WEIGHT) or not self._placement.keeps(owner)
+            if kind is None or not fits:
                 raise ValueError(
                     f"{name}: the state of parameter {index} has entries {sorted(state)}, which do not "
                     f"fit together. Are they those of {name}? If they come from "

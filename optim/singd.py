@@ -88,11 +88,11 @@ class Adaptive(InverseFree):
         self,
         bucket: Bucket,
         group: dict,
-        layers: list[Layer],
+        plans: dict[Layer, None],
         A: StructuredMatrix,
         B: StructuredMatrix,
     ) -> None:
-        rows = bucket.rows_of(layers)
+        rows = bucket.rows_of(list(plans))
         K, C = self._wide(bucket, rows, "K", "C")
         m_K = m_C = None
         if "m_K" in bucket.slots:
@@ -404,11 +404,11 @@ class IKFAC(InverseFree):
         self,
         bucket: Bucket,
         group: dict,
-        layers: list[Layer],
+        plans: dict[Layer, None],
         A: StructuredMatrix,
         B: StructuredMatrix,
     ) -> None:
-        rows = bucket.rows_of(layers)
+        rows = bucket.rows_of(list(plans))
         K, C = self._wide(bucket, rows, "K", "C")
         new = ikfac(K, C, A, B, damping=group["damping"], lr_cov=self._lr_cov_of(group))
         for name, M in zip(("K", "C"), new, strict=True):
