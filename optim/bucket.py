@@ -12,6 +12,9 @@ from curvature import StructuredMatrix
 from optim.layers import Form, Layer
 from optim.structure import Structure
 
+# Entries of a weight below which layers of one shape are treated together where they need not be.
+SMALL = 2**15
+
 
 class Slot(NamedTuple):
     """A kind of matrix that belongs to each layer.
@@ -76,6 +79,11 @@ class Bucket:
     def dim(self, side: str) -> int:
         """Return the dimension of a side's matrices."""
         return self.form.columns if side == "A" else self.form.rows
+
+    @property
+    def is_small(self) -> bool:
+        """Whether layers are several and so small that a kernel for each would cost most of the time."""
+        return not self.single and self.form.rows * self.form.columns < SMALL
 
     @property
     def single(self) -> bool:
