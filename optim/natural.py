@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class NaturalGradient(CurvatureOptimizer):
         self.statistics = Statistics(
             *(name, self, self._layers, approx, fisher, mc_samples, loss_terms, wide, generator)
         )
+        self.statistics.rank = self._placement.rank  # processes are to draw different samples
         self._start()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(model.named_parameters() if model is not None else params, defaults)
@@ -111,7 +113,7 @@ class NaturalGradient(CurvatureOptimizer):
                 warnings.warn(
                     f"{name}: the model was not extended; it is now, by backpack_ext.extend(model). "
                     "Extend the loss as well.",
-                    stacklevel=3,
+                    stacklevel=_depth_of_caller(),
                 )
                 extend(model)
             self._layers.look_through(model)
@@ -815,3 +817,11 @@ class NaturalGradient(CurvatureOptimizer):
         super().__setstate__(state)
         if "_buckets" not in self.__dict__:  # a copy; torch comes here as well when it loads
             self._start()
+
+
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of whoever makes an optimizer, outside of all constructors."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_name == "__init__":
+        frame, depth = frame.f_back, depth + 1
+    return depth
