@@ -11,6 +11,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from curvature.block_diagonal import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 from curvature.hierarchical import _Hierarchical
@@ -138,32 +139,43 @@ class Arrow(Outer):
     .. math:: \begin{pmatrix} A & B & C \\ B^T & \operatorname{diag}(\epsilon) & D^T \\
               C^T & D & E \end{pmatrix}
 
-    Held as the dense rows ``[k1 + k2, d]`` and the diagonal ``[d - k1 - k2]``.
+    Held: the dense rows ``[k1 + k2, d]``, the same with zeros in place of A, C and E, and
+    :math:`(0, \epsilon, 0)` as ``[d]``. With the zeros each step fills whole rows, in place.
+
+    Args:
+        k1: Number of first rows.
+        rows: As above.
+        epsilon: Only the middle, ``[d - k1 - k2]``.
     """
 
-    def __init__(self, k1: int, R: Tensor, epsilon: Tensor):
-        super().__init__(R.shape[-1], R, epsilon)
-        self.k1 = k1
+    def __init__(self, k1: int, rows: Tensor, epsilon: Tensor):
+        d, m = rows.shape[-1], epsilon.shape[-1]
+        self._cuts = a, b = k1, k1 + m
+        middle = torch.zeros_like(rows)
+        middle[..., a:b] = rows[..., a:b]
+        super().__init__(d, rows, middle, pad(epsilon, (a, d - b)))
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
-        R, epsilon = self.tensors
-        a, b = self.k1, self.k1 + epsilon.shape[-1]
-        dense = R @ X
-        middle = epsilon.unsqueeze(-1) * X[..., a:b, :]
-        ends = torch.cat([X[..., :a, :], X[..., b:, :]], -2)
-        add_product_(middle, R[..., a:b].mT, ends)
-        return torch.cat([dense[..., :a, :], middle, dense[..., a:, :]], -2)
+        rows, middle, epsilon = self.tensors
+        a, b = self._cuts
+        Y = epsilon.unsqueeze(-1) * X
+        ends = torch.cat([X[..., :a, :], X[..., b:, :]], -2) if b < self.dim else X[..., :a, :]
+        add_product_(Y, middle.mT, ends)
+        dense = rows @ X
+        Y[..., :a, :], Y[..., b:, :] = dense[..., :a, :], dense[..., a:, :]
+        return Y
 
     def rmatmul(self, X: Tensor) -> Tensor:
         """Return ``X M M^T``."""
-        R, epsilon = self.tensors
-        a, b = self.k1, self.k1 + epsilon.shape[-1]
-        dense = X @ R.mT
-        middle = epsilon.unsqueeze(-2) * X[..., a:b]
-        ends = torch.cat([X[..., :a], X[..., b:]], -1)
-        add_product_(middle, ends, R[..., a:b])
-        return torch.cat([dense[..., :a], middle, dense[..., a:]], -1)
+        rows, middle, epsilon = self.tensors
+        a, b = self._cuts
+        Y = epsilon.unsqueeze(-2) * X
+        ends = torch.cat([X[..., :a], X[..., b:]], -1) if b < self.dim else X[..., :a]
+        add_product_(Y, ends, middle)
+        dense = X @ rows.mT
+        Y[..., :a], Y[..., b:] = dense[..., :a], dense[..., a:]
+        return Y
 
 
 class DiagonalPlusGram(Outer):
@@ -253,7 +265,7 @@ def _(M: _Hierarchical) -> Outer:
     if M.mirrored:
         W = T.new_zeros(*T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
         W[..., :a, :], W[..., a:, a:] = T, U
-        return DiagonalPlusGram(W, torch.nn.functional.pad(square, (a, M.dim - b)))
+        return DiagonalPlusGram(W, pad(square, (a, M.dim - b)))
     m = b - a
     R = T.new_zeros(*T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
     scaled = delta.unsqueeze(-2)
