@@ -11,6 +11,7 @@ gradient methods? A second-order perspective.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from curvature import STRUCTURES, StructuredMatrix
@@ -44,10 +44,9 @@ class RootFree(Optimizer, ABC):
     r"""What the square-root-free optimizers share.
 
     The loss is a **mean**, and ``batch_size`` its number of terms B: the number of data for
-    ``nn.CrossEntropyLoss()``, times the length of the sequences if there is a term for each token, times
-    the number of outputs for ``nn.MSELoss()``; with gradient accumulation and with data parallelism
-    that of all micro-batches and processes together. Of a sum, divided by no number, B is 1 only if it has
-    one term: use a mean.
+    ``nn.CrossEntropyLoss()``, times the length of the sequences if there is a term for each token,
+    times the number of outputs for ``nn.MSELoss()``; with gradient accumulation and with data
+    parallelism that of all micro-batches and processes together.
 
     The averages contain B of their own time. So if the last batch is smaller, say so:
 
@@ -84,8 +83,8 @@ class RootFree(Optimizer, ABC):
         """Raise ValueError if an option of a group is out of its range."""
 
     @abstractmethod
-    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of a parameter's tensors of state, without ``"step"``."""
+    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+        """Return what a state holds besides ``"step"``: shapes of tensors, None for numbers."""
 
     @abstractmethod
     def _create(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -200,13 +199,13 @@ class RootFree(Optimizer, ABC):
             g = p.grad
             if g.layout != torch.strided:
                 raise RuntimeError(
-                    f"{self._name}: a parameter of shape {tuple(p.shape)} has a sparse gradient; expected "
-                    "a dense one. Make its embedding with sparse=False."
+                    f"{self._name}: a parameter of shape {tuple(p.shape)} has a sparse gradient; "
+                    "expected a dense one. Make its embedding with sparse=False."
                 )
             if g.is_complex():
                 raise TypeError(
-                    f"{self._name}: a parameter of shape {tuple(p.shape)} has a complex gradient; expected "
-                    "a real one. Optimize real and imaginary part, torch.view_as_real(parameter)."
+                    f"{self._name}: a parameter of shape {tuple(p.shape)} has a complex gradient; "
+                    "expected a real one. Make a parameter of its real and imaginary parts."
                 )
 
     @staticmethod
@@ -214,9 +213,9 @@ class RootFree(Optimizer, ABC):
         """Return the largest magnitude of each gradient; inf or nan if it is not finite."""
         found = [math.nan] * len(params)
         numbers = list(range(len(params)))
-        for ps, gs, ks in by_device_and_dtype(params, [p.grad for p in params], numbers):
+        for gs, ks in by_device_and_dtype([p.grad for p in params], numbers):
             norms = torch._foreach_norm(gs, math.inf)
-            norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+            norms = [n.full_tensor() if _is_distributed(n) else n for n in norms]
             for k, value in zip(ks, torch.stack(norms).tolist(), strict=True):
                 found[k] = value
         return found
@@ -282,7 +281,7 @@ class RootFree(Optimizer, ABC):
                     f"{', '.join(map(repr, state)) or 'nothing'}; was it saved by another optimizer, or "
                     "with another structure?"
                 )
-            if name in state and tuple(state[name].shape) != shape:
+            if shape is not None and name in state and tuple(state[name].shape) != shape:
                 raise ValueError(
                     f"{self._name}: entry {name!r} of parameter {index}, {tuple(p.shape)}, has shape "
                     f"{tuple(state[name].shape)}; expected {shape}."
@@ -294,6 +293,12 @@ class RootFree(Optimizer, ABC):
 
 def _check_checkpoint(optimizer: RootFree, state_dict: dict[str, Any]) -> dict[str, Any]:
     return optimizer._check_checkpoint(state_dict)
+
+
+def _is_distributed(t: Tensor) -> bool:
+    # whoever made one has imported the module, which takes half a second
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def _zeros(p: Tensor) -> Tensor:
@@ -375,7 +380,7 @@ class RFRMSProp(RootFree):
         self._check_number("momentum", options["momentum"])
         self._check_number("alpha", options["alpha"], below=1)
 
-    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
         names = ["curvature"] + ["momentum_buffer"] * (group["momentum"] != 0)
         return {name: tuple(p.shape) for name in names}
 
@@ -415,9 +420,9 @@ class RFAdamW(RootFree):
         w \leftarrow \beta_2 w + (1 - \beta_2) B g^2 \\
         p &\leftarrow (1 - \eta \delta) p - \eta \frac{m}{w + \epsilon}
 
-    elementwise, with m = 0 and w = 1 at first and no correction of that bias. g is the gradient of a mean
-    over B terms; see `RootFree` for B and for all that is common to these optimizers. (The paper has
-    v = w / B.)
+    elementwise, with m = 0 and w = 1 at first and no correction of that bias. g is the gradient of a
+    mean over B terms; see `RootFree` for B and for all that is common to these optimizers. (The paper
+    has v = w / B.)
 
     **State**, per parameter: ``step`` (on the CPU), ``exp_avg`` (m), ``curvature`` (w), in the
     parameter's data type but at least float32.
@@ -481,7 +486,7 @@ class RFAdamW(RootFree):
         for k in (0, 1):
             self._check_number(f"betas[{k}]", options["betas"][k], below=1)
 
-    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
         return {name: tuple(p.shape) for name in ("exp_avg", "curvature")}
 
     def _create(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -537,9 +542,9 @@ class _Factors:
 class RFShampoo(RootFree):
     r"""Shampoo without root and without inverse, for parameters with any number of axes.
 
-    A parameter with gradient :math:`G[d_1, \dots, d_N]` has a factor :math:`K_n[d_n, d_n]` for each axis.
-    :math:`(K_n K_n^T)^{-1}` tracks that axis's Kronecker factor of the curvature. :math:`G_{(n)}` is the
-    gradient unfolded to ``[d_n, rest]``, P the projection to the structure
+    A parameter with gradient :math:`G[d_1, \dots, d_N]` has a factor :math:`K_n[d_n, d_n]` for each
+    axis. :math:`(K_n K_n^T)^{-1}` tracks that axis's Kronecker factor of the curvature.
+    :math:`G_{(n)}` is the gradient unfolded to ``[d_n, rest]``, P the projection to the structure
     (`curvature.StructuredMatrix.project`); first K_n = I and m_n = 0.
 
     .. math::
@@ -559,8 +564,8 @@ class RFShampoo(RootFree):
     the step, as a gradient does.
 
     **State**, per parameter: ``step`` (on the CPU), ``refreshes`` and ``last_refresh`` (integers), with
-    momentum ``momentum_buffer`` (b), and the tensors of K_n and m_n as ``K0.0``, ``K0.1``, ..., ``m0.0``,
-    all in the parameter's data type but at least float32. `factors` returns matrices.
+    momentum ``momentum_buffer`` (b), and the tensors of K_n and m_n as ``K0.0``, ``K0.1``, ...,
+    ``m0.0``, all in the parameter's data type but at least float32. `factors` returns matrices.
 
     **Memory** besides this: :math:`K_n K_n^T` of dense and diagonal factors, as large as K_n, is kept
     between refreshes, since it multiplies in half the time; not if ``interval`` is 1. It is in no
@@ -673,15 +678,17 @@ class RFShampoo(RootFree):
             ValueError: If an option is out of its range or a structure is unknown.
         """
         super().add_param_group(param_group)
-        if any(isinstance(p, DTensor) for p in self.param_groups[-1]["params"]):
+        if any(_is_distributed(p) for p in self.param_groups[-1]["params"]):
             del self.param_groups[-1]
             raise TypeError(
                 "RFShampoo: expected parameters that are whole on this process, got a distributed "
                 "tensor. RFRMSProp and RFAdamW take these."
             )
 
-    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        found = {"momentum_buffer": tuple(p.shape)} if group["momentum"] != 0 else {}
+    def _entries(self, p: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+        found = {"refreshes": None, "last_refresh": None}
+        if group["momentum"] != 0:
+            found["momentum_buffer"] = tuple(p.shape)
         for n, (cls, d, options) in enumerate(_axes(p, group)):
             for k, shape in enumerate(cls.shapes(d, **options)):
                 found[f"K{n}.{k}"] = found[f"m{n}.{k}"] = shape
