@@ -137,7 +137,7 @@ class EKFAC(Extension):
                 layer.add(*(self._cast(t) for t in call[:2]), call[2])
 
     def _cast(self, t: Tensor | OneHot | None) -> Tensor | OneHot | None:
-        return self.kfac.cast(t) if isinstance(t, Tensor) else t
+        return self.kfac.rows.cast(t) if isinstance(t, Tensor) else t
 
     def _given(self, unit: Unit) -> dict[str, KroneckerEigen]:
         """Return the given bases of a layer's parameters, by role."""

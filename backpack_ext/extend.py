@@ -122,8 +122,13 @@ def extend_once(module: nn.Module) -> nn.Module:
     """Extend a module unless it is: what `extend` was told stays."""
     if not isinstance(module, nn.Module):
         return extend(module)  # which says what it expects
+    return module if is_extended(module) else extend(module)
+
+
+def is_extended(module: nn.Module) -> bool:
+    """Whether a module itself has been extended."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return module if any(isinstance(_owner(hook), Hook) for hook in hooks) else extend(module)
+    return any(isinstance(_owner(hook), Hook) for hook in hooks)
 
 
 def _owner(hook: object) -> object:

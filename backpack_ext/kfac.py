@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backpack_ext.elementwise_block import ElementwiseLayer
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
+from backpack_ext.factor_rows import APPROX, FactorRows
 from backpack_ext.groups import Groups
 from backpack_ext.normal import OneHot, gram
 from backpack_ext.share import Part, Share
@@ -18,7 +19,6 @@ from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_inputs, stack_vectors
 from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum
 
-APPROX = ("expand", "reduce")
 FISHER = ("exact", "mc", "empirical", "forward")
 BIASES = ("joint", "separate")
 OVERSIZE = ("raise", "diagonal")
@@ -124,6 +124,7 @@ class KFAC(Extension):
         super().__init__(savefield, unsupported, generator)
         self.approx, self.fisher, self.bias = approx, fisher, bias
         self.dtype, self.max_columns = dtype, max_columns
+        self.rows = FactorRows(approx, dtype)
         self.max_dim, self.oversize, self.norm = max_dim, oversize, norm
         kinds = {"empirical": "gradient", "forward": "none"}
         self.vectors = Vectors(kinds.get(fisher, fisher), mc_samples)
@@ -146,11 +147,11 @@ class KFAC(Extension):
             self._check_joint(unit)
         if self.fisher != "forward":
             divisors, factor = self._divisors(layer, unit), self.b_factor(unit)
-            b = self._b_rows(unit.b, divisors)
+            b = self.rows.vectors(unit.b, divisors)
             layer.add_B(self._second_moment(b, unit, "B", factor))
             if divisors is not None and "bias" in unit.parameters and not self.joins(unit.parameters):
                 # the exact block of a bias alone, whose inputs are known to be ones
-                b = self._b_rows(unit.b)
+                b = self.rows.vectors(unit.b)
                 layer.add_bias_B(self._second_moment(b, unit, "B", factor))
         if layer.is_new(unit) and "weight" in layer.parameters:
             if unit.sites[0].shared:
@@ -184,10 +185,10 @@ class KFAC(Extension):
             layer.dense = self.norm == "dense" and self._fits(dim, "block", unit)
         for role, p in unit.parameters.items():
             if self.fisher != "forward":
-                layer.add(role, self.cast(unit.grads(role)), self.b_factor(unit))
+                layer.add(role, self.rows.cast(unit.grads(role)), self.b_factor(unit))
             elif role not in layer.means:
-                a = self._a_rows(unit.a, unit)[0]
-                a = a if role == "weight" else self._constants(a, unit)[:, None].expand_as(a)
+                a = self.rows.inputs(unit.a, unit)[0]
+                a = a if role == "weight" else self.rows.constants(a, unit)[:, None].expand_as(a)
                 layer.add_inputs(role, a.reshape(len(a), *p.shape))
 
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
@@ -200,17 +201,17 @@ class KFAC(Extension):
             return
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
         groups = unit.groups
-        b = self._b_rows(stack_vectors(units))
+        b = self.rows.vectors(stack_vectors(units))
         B = self._second_moment(b, unit, "B", self.b_factor(unit))
         for layer, part in zip(layers, B.split(groups), strict=True):
             layer.add_B(part)
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
         if new:
-            a = self._a_rows(stack_inputs([u for _, u in new]))
+            a = self.rows.inputs(stack_inputs([u for _, u in new]))
             A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
             last = self._last_row(a, unit)
             last = [None] * len(A) if last is None else last.split(groups)
-            normalize = self._normalize(unit)
+            normalize = self.rows.normalize(unit)
             for (layer, _), part, row in zip(new, A, last, strict=True):
                 layer.add_A(part, row, a.shape[1])
                 layer.normalize = normalize
@@ -218,37 +219,13 @@ class KFAC(Extension):
     def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
         """Form A of one layer, and the mean input if the bias is joined."""
         if isinstance(unit.a, OneHot):
-            A, rows = self._one_hot_moment(unit, self._dtype(unit.module.weight))
+            A, rows = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             layer.add_A(A, None, rows)
         else:
-            a = self._a_rows(unit.a, unit)
+            a = self.rows.inputs(unit.a, unit)
             A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
             layer.add_A(A, self._last_row(a, unit), a.shape[1])
-        layer.normalize = self._normalize(unit)
-
-    def _a_rows(self, a: Tensor, unit: Unit | None = None) -> Tensor:
-        """Return the rows that A averages over, ``[g,r,i]``; only those that exist, if a unit says."""
-        a = self.cast(a)
-        existing = None if unit is None else unit.existing
-        if existing is None:
-            return a.flatten(1, 2) if a.shape[2] == 1 or self.approx == "expand" else a.mean(2)
-        if self.approx == "expand":
-            return a[:, existing]
-        counts = existing.sum(1)
-        some = counts > 0
-        totals = a.sum(2)[:, some]
-        return totals if unit.normalize == "sum" else totals / counts[some, None]
-
-    def _b_rows(self, b: Tensor, divisors: Tensor | None = None) -> Tensor:
-        """Return the rows that B sums over, ``[g,r,o]``; ``divisors[n]`` turn sums into means."""
-        b = self.cast(b)
-        if b.shape[3] == 1 or self.approx == "expand":
-            b = b.flatten(1, 3) if divisors is None else b.squeeze(3)
-        else:
-            b = b.sum(3)
-        if divisors is not None:
-            b = b / divisors[:, None]
-        return b.flatten(1, -2)
+        layer.normalize = self.rows.normalize(unit)
 
     def _divisors(self, layer: _Layer, unit: Unit) -> Tensor | None:
         """Return the number of positions per datum if B takes the mean over them; None otherwise.
@@ -256,34 +233,20 @@ class KFAC(Extension):
         Raises:
             UnsupportedError: If B was begun without knowing all calls, whose positions count.
         """
-        if self.approx != "reduce" or unit.normalize != "sum" or "weight" not in unit.parameters:
+        if not self.rows.averages_vectors(unit):
             return None
         joined = layer.all_calls(unit)
-        if joined.existing is None:
-            return None
-        if layer.B is not None and len(joined.sites) > len(layer.sites):
+        divisors = self.rows.divisors(joined)
+        if divisors is not None and layer.B is not None and len(joined.sites) > len(layer.sites):
             raise UnsupportedError(
                 f'KFAC: sharing(normalize="sum") for {unit.sites[0].label}, whose calls reach different '
                 'losses of one backward pass. Use normalize="mean", or one backward pass per loss.'
             )
-        return joined.existing.sum(1).clamp(min=1)
-
-    def _normalize(self, unit: Unit) -> str | None:
-        """Return how positions were treated; None if there was one for each datum."""
-        if self.approx == "expand" or unit.positions == 1:
-            return None
-        return "mean" if unit.existing is None else unit.normalize
+        return divisors
 
     def b_factor(self, unit: Unit) -> float:
         """What outer products of vectors are multiplied with."""
         return unit.inverse_scale if self.fisher == "empirical" else 1.0
-
-    def _constants(self, a: Tensor, unit: Unit) -> Tensor:
-        """Return what a bias's inputs, which are ones, become in the rows of A, ``[r]``."""
-        if self.approx == "reduce" and unit.normalize == "sum" and unit.existing is not None:
-            counts = unit.existing.sum(1)
-            return counts[counts > 0].to(a.dtype)
-        return a.new_ones(a.shape[1 if a.dim() == 3 else 0])
 
     def _last_row(self, a: Tensor, unit: Unit) -> Tensor | None:
         """Return the row of A that belongs to a joined bias, ``[g,i+1]``."""
@@ -291,35 +254,9 @@ class KFAC(Extension):
             return None
         if unit.existing is None:
             return torch.cat([a.mean(1), a.new_ones(len(a), 1)], dim=1)
-        c, rows = self._constants(a, unit), max(1, a.shape[1])
+        c, rows = self.rows.constants(a, unit), max(1, a.shape[1])
         corner = c.square().sum().expand(len(a), 1)
         return torch.cat([c @ a, corner], dim=1) / rows
-
-    def _one_hot_moment(self, unit: Unit, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """Return the diagonal of A (in expand the tokens' frequencies) as ``[1,i]``, and rows."""
-        a, existing = unit.a, unit.existing
-        n, s = a.shape
-        expand = self.approx == "expand"
-        values, tokens = a.weights(dtype), a.index.flatten()
-        count = n * s if expand else n
-        if existing is not None:
-            count = int((existing if expand else existing.any(1)).sum())
-        if a.bags is not None or not expand:  # entries of a row may meet in one feature: they add up
-            owner = a.rows if expand else a.data
-            keys, inverse = torch.unique(owner * a.size + tokens, return_inverse=True)
-            values = values.new_zeros(len(keys)).index_add_(0, inverse, values)
-            tokens = keys % a.size
-            if not expand:
-                values = values / self._positions(unit, s)[keys // a.size]
-        squares = values.new_zeros(a.size).index_add_(0, tokens, values.square())
-        return squares[None] / max(1, count), count
-
-    def _positions(self, unit: Unit, s: int) -> Tensor:
-        """Return what one-hot inputs of each datum are divided by in reduce, ``[n]``."""
-        ones = torch.ones(unit.batch, device=unit.a.index.device)
-        if unit.existing is None:
-            return ones * s
-        return ones if unit.normalize == "sum" else unit.existing.sum(1).clamp(min=1)
 
     def _second_moment(self, x: Tensor, unit: Unit, factor: str, scale: float) -> Tensor:
         """Return ``scale sum_r x x^T`` of ``x[g,r,d]``, ``[g,d,d]``; its diagonal if too large."""
@@ -333,20 +270,12 @@ class KFAC(Extension):
             return True
         if self.oversize == "diagonal":
             return False
-        size = self._dtype(next(iter(unit.parameters.values()))).itemsize
+        size = self.rows.dtype_of(next(iter(unit.parameters.values()))).itemsize
         raise UnsupportedError(
             f"KFAC: {what} of {unit.sites[0].label} would be {dim} x {dim} "
             f"({dim * dim * size / 2**30:.1f} GiB), above max_dim={self.max_dim}. Pass "
             'oversize="diagonal" to keep its diagonal, or raise max_dim.'
         )
-
-    def _dtype(self, t: Tensor) -> torch.dtype:
-        return self.dtype or torch.promote_types(t.dtype, torch.float32)
-
-    def cast(self, t: Tensor) -> Tensor:
-        """Return a tensor in the factors' data type."""
-        dtype = self._dtype(t)
-        return t if t.dtype == dtype else t.to(dtype)
 
     def joins(self, parameters: dict[str, nn.Parameter]) -> bool:
         """Whether a layer's bias is part of its weight's block."""
@@ -413,7 +342,7 @@ class KFAC(Extension):
         shape = layer.axes_of(role).to_matrix(whole).shape[:2]
         if role in layer.parts:
             shape = (1, shape[1])
-        return torch.ones(shape, dtype=self._dtype(p), device=p.device)
+        return torch.ones(shape, dtype=self.rows.dtype_of(p), device=p.device)
 
     def shares(self, store: dict, names: Callable[[nn.Parameter], str]) -> list[Share]:
         """Add up B, which is linear in the loss, and sums over rows, of which A is the mean."""

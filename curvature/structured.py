@@ -483,9 +483,11 @@ class StructuredMatrix(ABC):
         new.tensors, new.dim, new.options = tuple(tensors), dim, options
         return new
 
-    def _like(self: Self, tensors: Iterable[Tensor]) -> Self:
+    def like(self: Self, tensors: Iterable[Tensor]) -> Self:
         """Return a matrix with other tensors that fit; nothing is checked."""
         return self._of(tensors, self.dim, self.options)
+
+    _like = like
 
     @classmethod
     def _title(cls) -> str:

@@ -16,5 +16,16 @@ Each is a ``torch.optim.Optimizer``: parameter groups, schedulers, closures, che
 from optim.adahesscale import AdaHesScale, adahesscale
 from optim.base import CurvatureOptimizer
 from optim.hesscale_step import HesScaleStep
+from optim.kfac import KFAC
+from optim.singd import IKFAC, INGD, SINGD
 
-__all__ = ["AdaHesScale", "CurvatureOptimizer", "HesScaleStep", "adahesscale"]
+__all__ = [
+    "IKFAC",
+    "INGD",
+    "KFAC",
+    "SINGD",
+    "AdaHesScale",
+    "CurvatureOptimizer",
+    "HesScaleStep",
+    "adahesscale",
+]

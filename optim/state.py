@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -31,12 +31,19 @@ def loaded(value: Any, p: Tensor, key: str) -> Any:
 
 
 @contextmanager
-def exact_loading(optimizer: Optimizer) -> Iterator[None]:
+def exact_loading(
+    optimizer: Optimizer, load: Callable[[Any, Tensor, str, Mapping[str, Any]], Any] | None = None
+) -> Iterator[None]:
     """Make ``Optimizer.load_state_dict``, called inside the block, keep the state's precision.
 
     Torch casts the state to the dtype of the parameter and shares the step counter with the
     dictionary that it reads. Here the state is `loaded` once more from what all of the user's hooks
     have made of that dictionary, and before any of them sees the result.
+
+    Args:
+        optimizer: The optimizer.
+        load: Returns an entry as it shall be, from the saved value, its parameter, its key, and all
+            entries of that parameter; None for what torch made of it. By default `loaded`.
     """
     dictionaries: list[dict] = []
 
@@ -48,8 +55,13 @@ def exact_loading(optimizer: Optimizer) -> Iterator[None]:
         params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         indices = chain.from_iterable(group["params"] for group in dictionary["param_groups"])
         for index, p in zip(indices, params, strict=True):
-            for key, value in dictionary["state"].get(index, {}).items():
-                optimizer.state[p][key] = loaded(value, p, key)
+            entries = dictionary["state"].get(index, {})
+            for key, value in entries.items():
+                new = loaded(value, p, key) if load is None else load(value, p, key, entries)
+                if new is None:
+                    new = optimizer.state[p][key]
+                    new = new.clone() if isinstance(new, Tensor) else new
+                optimizer.state[p][key] = new
 
     handles = [
         optimizer.register_load_state_dict_pre_hook(read),

@@ -1,0 +1,792 @@
+"""The shell of optimizers whose preconditioners are Kronecker products of small matrices per layer."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from backpack_ext import Extension, extend
+from backpack_ext.extend import is_extended
+from curvature import DiagonalMatrix, StructuredMatrix
+from curvature.precision import without_autocast
+from optim.base import CurvatureOptimizer
+from optim.bucket import Bucket, Slot
+from optim.fallback import Fallback
+from optim.layers import Layer, Layers, labels
+from optim.momentum import momentum_step
+from optim.placement import placement_of
+from optim.rounding import copy_rounded_
+from optim.schedules import Interval, check_interval, check_number, interval_at
+from optim.sharded import is_sharded, like_parameter, local, whole
+from optim.state import exact_loading, loaded, state_dtype
+from optim.statistics import Moments, Statistics
+from optim.structure import DIAGONAL, Structure, structures_of
+
+# What `state[p]["kind"]` says: who trains the parameter.
+FALLBACK, WEIGHT, JOINED = 0, 1, 2
+
+# Entries of every group that say how far the training is. They are there because checkpoints of all
+# kinds keep a group's entries.
+CLOCK = {"step": 0, "refreshed": 0, "refreshes": 0, "skipped": 0}
+
+
+class NaturalGradient(CurvatureOptimizer):
+    """Base class: which layers there are, when to refresh, statistics, state, the step.
+
+    Subclasses say which matrices a layer has (`_slots`), what to keep of a moment (`moment`), how a
+    refresh changes the matrices (`_refresh`), and how they act on a gradient (`_precondition`).
+
+    Args:
+        params: A module, its parameters, or parameter groups.
+        defaults: Options of groups.
+        interval: Steps between refreshes.
+        approx: ``"expand"`` or ``"reduce"``.
+        fisher: ``"empirical"``, ``"mc"`` or ``"exact"``.
+        mc_samples: Number of samples for ``"mc"``.
+        joint_bias: Whether biases are columns of their weights; else the fallback trains them.
+        factor_dtype: Data type of the matrices; that of the parameter, but at least float32, if None.
+        fallback: What trains parameters without factors.
+        fallback_lr: Its learning rate; the group's if None.
+        fallback_options: Its other options.
+        loss_terms: Number of terms of a mean loss; read from the loss if None.
+        process_group: Processes over which statistics are averaged.
+        placement: Where refreshes happen, and factors stay.
+        stochastic_rounding: Whether half types are rounded at random.
+        generator: Random generator for ``fisher="mc"``.
+        maximize: Whether to follow the gradient upwards.
+    """
+
+    # Names of structures that can be used; None for all.
+    structures: ClassVar[tuple[str, ...] | None] = None
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        interval: Interval = 10,
+        approx: str = "reduce",
+        fisher: str = "empirical",
+        mc_samples: int = 1,
+        joint_bias: bool = True,
+        factor_dtype: torch.dtype | None = None,
+        fallback: str | type[Optimizer] = "adamw",
+        fallback_lr: float | None = None,
+        fallback_options: Mapping[str, Any] | None = None,
+        loss_terms: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        placement: str = "communication",
+        stochastic_rounding: bool = False,
+        generator: torch.Generator | None = None,
+        maximize: bool = False,
+    ):
+        name = type(self).__name__
+        self.interval = check_interval(name, "interval", interval)
+        if factor_dtype is not None and not factor_dtype.is_floating_point:
+            raise ValueError(f"{name}: factor_dtype={factor_dtype}; expected a floating-point type.")
+        if fallback_lr is not None:
+            check_number(name, "fallback_lr", fallback_lr)
+        self.factor_dtype, self.fallback_lr = factor_dtype, fallback_lr
+        self.stochastic_rounding, self.maximize = bool(stochastic_rounding), bool(maximize)
+        self.fallback = Fallback(name, fallback, fallback_options, self.maximize)
+        self._placement = placement_of(name, process_group, placement)
+        self._layers = Layers(bool(joint_bias))
+        wide = None if factor_dtype is None else torch.promote_types(factor_dtype, torch.float32)
+        self.statistics = Statistics(
+            *(name, self, self._layers, approx, fisher, mc_samples, loss_terms, wide, generator)
+        )
+        self._start()
+        model = params if isinstance(params, nn.Module) else None
+        super().__init__(model.named_parameters() if model is not None else params, defaults)
+        if model is not None:
+            if not is_extended(model):
+                warnings.warn(
+                    f"{name}: the model was not extended; it is now, by backpack_ext.extend(model). "
+                    "Extend the loss as well.",
+                    stacklevel=3,
+                )
+                extend(model)
+            self._layers.look_through(model)
+
+    def _start(self) -> None:
+        """Set up what is not part of the state."""
+        self._buckets: dict[Layer, Bucket] = {}
+        self._version = -1  # of the layers that the buckets were made for
+        self._active: dict[Layer, None] = {}  # that have been reached
+        self._group_of: dict[Tensor, dict] = {}
+        # weights with loaded factors whose layers have not been seen yet: the next pass shows them
+        self._lost: set[Tensor] = set()
+
+    # ------------------------------------------------------------------ what subclasses say
+
+    @abstractmethod
+    def _slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+        """Return the matrices of a layer, by name, for the structures of its two sides."""
+
+    @abstractmethod
+    def _refresh(
+        self,
+        bucket: Bucket,
+        group: dict,
+        plans: dict[Layer, Any],
+        A: StructuredMatrix,
+        B: StructuredMatrix,
+    ) -> None:
+        """Change the matrices of some of a bucket's layers by new moments, in the bucket's form.
+
+        Args:
+            bucket: The bucket.
+            group: The layers' parameter group.
+            plans: The layers, in the bucket's order, with what `_plan` said.
+            A: Moments of the inputs.
+            B: Moments of the vectors.
+        """
+
+    def _plan(self, layer: Layer) -> Any:
+        """Note that a layer is refreshed, by whichever process; return what `_refresh` needs of that."""
+
+    @abstractmethod
+    def _precondition(self, bucket: Bucket, group: dict, G: Tensor) -> Tensor:
+        """Return preconditioned gradients ``[(L g), o, i]``, without the axis for a single one.
+
+        In new memory, which the caller may overwrite.
+        """
+
+    @abstractmethod
+    def _project(
+        self, M: StructuredMatrix | None, x: Tensor, scale: float, structure: Structure
+    ) -> StructuredMatrix:
+        """Return what to keep of ``scale sum_r x_r x_r^T``; M is the matrix of that side, if any."""
+
+    @abstractmethod
+    def _check_group(self, group: dict) -> None:
+        """Raise ValueError if an option of a group is out of its range."""
+
+    # Attributes that a copy has as well.
+    copied: ClassVar[tuple[str, ...]] = (
+        *("interval", "factor_dtype", "fallback_lr", "stochastic_rounding", "maximize", "fallback"),
+        *("statistics", "_layers", "_placement"),
+    )
+
+    # names of the slots that moments are projected with, by side; none if the coordinates are plain
+    coordinates: ClassVar[Mapping[str, str]] = {}
+
+    # ------------------------------------------------------------------ the training loop
+
+    def extensions(self) -> tuple[Extension, ...]:
+        """Return what the next backward pass has to run with: nothing between refreshes."""
+        if not (self._due() or self._lost):
+            return ()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self.statistics.forget()  # of gradients that were thrown away
+        return (self.statistics,)
+
+    def accumulate(self) -> None:
+        """Do nothing: what backward passes bring adds up on its own, as gradients do."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what was gathered with them."""
+        super().zero_grad(set_to_none)
+        self.statistics.forget()
+
+    @property
+    def skipped(self) -> int:
+        """Number of steps that were skipped because a gradient or a statistic was not finite."""
+        return self._clock["skipped"]
+
+    @torch.no_grad()
+    @without_autocast
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step.
+
+        Args:
+            closure: Clears the gradients, runs forward and backward pass inside of ``with
+                backpack(*opt.extensions())``, and returns the loss; with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: If a refresh is due and no backward pass has gathered statistics, or if a
+                gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        present = self._with_gradient()
+        if not present:
+            return loss
+        for p in present:
+            if p.grad.is_sparse or p.grad.is_complex():
+                kind = "sparse" if p.grad.is_sparse else "complex"
+                raise RuntimeError(
+                    f"{type(self).__name__}: parameter {labels(self.param_groups)[p]} has a {kind} "
+                    "gradient; expected a dense, real one."
+                )
+        still = self._stands_still(present)
+        due = self._due()
+        if (due or self._lost) and not self.statistics.ran and not still:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: new statistics are due, but no backward pass has gathered "
+                "them. Run forward and backward pass of the extended model, with an extended loss, "
+                "inside `with backpack(*opt.extensions()):`."
+            )
+        moments = self.statistics.take()
+        if self._lost and not still:
+            self._find_lost(present)
+        found = {m.layer: m for m in moments} if due else {}
+        finite = self._finite(present, moments)
+        if self._placement.size > 1 and not still:
+            finite = self._agree(found, finite, due)
+        if not finite:
+            self._tick(skipped=self.skipped + 1)
+            return loss
+        self._activate(found)
+        self._activate(filter(None, map(self._layers.owner, present)))
+        if found:
+            self._refresh_all(found)
+        self._update(present)
+        if not still:
+            self._tick(step=self._clock["step"] + 1)
+        return loss
+
+    def _refresh_all(self, moments: dict[Layer, Moments]) -> None:
+        """Refresh the matrices of layers, each in one of the processes."""
+        if self._placement.size > 1:
+            moments = self._reduced(moments)
+        plans = {layer: self._plan(layer) for layer in moments}
+        for bucket, found in self._by_bucket(moments):
+            if bucket.owner == self._placement.rank:
+                own = [found[layer] for layer in found]
+                A, B = (bucket.stacked([getattr(m, side) for m in own]) for side in "AB")
+                group = self._group_of[bucket.layers[0].weight]
+                self._refresh(bucket, group, {layer: plans[layer] for layer in found}, A, B)
+        if self._placement.size > 1:
+            self._send_matrices(moments)
+        clock = self._clock
+        self._tick(refreshed=clock["step"], refreshes=clock["refreshes"] + 1)
+
+    # ------------------------------------------------------------------ several processes
+
+    def _agree(self, found: dict[Layer, Moments], finite: bool, due: bool) -> bool:
+        """Return whether all is finite in all processes, and note layers that only others have reached.
+
+        Gradients are the same in all processes, unless parameters are sharded.
+
+        Args:
+            found: What was gathered here; layers that others have reached are added, without moments.
+            finite: Whether all is finite here.
+            due: Whether there is something to be gathered.
+
+        Raises:
+            ValueError: If processes read a weight in different ways.
+        """
+        if not due:
+            if not any(map(is_sharded, self._group_of)):
+                return finite
+            return self._placement.all(finite, self._device)
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = {p: k for k, p in enumerate(params)}
+        known = [
+            (numbers[layer.weight], None if layer.bias is None else numbers[layer.bias], layer.form)
+            for layer in found
+        ]
+        answers = self._placement.gather((finite, known))
+        if not all(flag for flag, _ in answers):
+            return False
+        reached: dict[int, tuple] = {}
+        for _, entries in answers:
+            for entry in entries:
+                if reached.setdefault(entry[0], entry) != entry:
+                    raise ValueError(
+                        f"{type(self).__name__}: processes read the weight of parameter "
+                        f"{labels(self.param_groups)[params[entry[0]]]} in different ways."
+                    )
+        own = dict(found)
+        found.clear()
+        for number in sorted(reached):
+            _, bias, form = reached[number]
+            weight = params[number]
+            layer = self._layers.of_weight(weight)
+            if layer is None or layer.form != form:
+                layer = self._layers.add(Layer(weight, None if bias is None else params[bias], form))
+            found[layer] = own.get(layer) or Moments(layer)
+        return True
+
+    def _reduced(self, moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
+        """Return the moments of all processes together, of the layers that this one refreshes.
+
+        A is the mean over the rows of all, B the mean over processes: that of the mean of their losses.
+        For layers of others, what is returned has no meaning.
+        """
+        sums: dict[Layer, tuple[StructuredMatrix, Tensor, StructuredMatrix]] = {}
+        messages: dict[int, list[Tensor]] = {}
+        for layer, m in moments.items():
+            g, dtype = layer.form.groups, torch.promote_types(self._dtype_of(layer), torch.float32)
+            like = torch.empty(0, dtype=dtype, device=layer.weight.device)
+            first, second = self._structures_of(layer)
+            rows = torch.zeros(g, dtype=dtype, device=like.device) + m.rows
+            if m.A is None:
+                A = first.zeros(layer.form.columns, (g,), like)
+                B = second.zeros(layer.form.rows, (g,), like)
+            else:
+                A, B = m.A * rows, m.B * (1 / self._placement.size)
+            A, B = (M.like(t.contiguous() for t in M.tensors) for M in (A, B))
+            sums[layer] = A, rows, B
+            owner = self._buckets[layer].owner
+            messages.setdefault(owner, []).extend((*A.tensors, rows, *B.tensors))
+        self._placement.reduce(messages)
+        found = {}
+        for layer, (A, rows, B) in sums.items():
+            found[layer] = m = Moments(layer)
+            m.A, m.B, m.rows = A * (1 / rows.clamp(min=1)), B, rows
+        return found
+
+    def _send_matrices(self, layers: Iterable[Layer]) -> None:
+        """Give all processes the matrices that they keep."""
+        messages: dict[int, list[Tensor]] = {}
+        for layer in layers:
+            bucket, state = self._buckets[layer], self.state[layer.weight]
+            kept = self._kept(bucket.slots, everything=self._placement.keeps(None))
+            for name in kept:
+                count = len(bucket.matrices[name].tensors)
+                messages.setdefault(bucket.owner, []).extend(state[f"{name}.{j}"] for j in range(count))
+            bucket.cache = None
+        self._placement.broadcast(messages)
+
+    def _kept(self, slots: Mapping[str, Slot], everything: bool) -> dict[str, Slot]:
+        """Return the matrices that a process keeps: all, or what its moments are projected with."""
+        if everything:
+            return dict(slots)
+        return {name: slots[name] for name in slots if name in self.coordinates.values()}
+
+    # ------------------------------------------------------------------ the parameters
+
+    def _update(self, present: list[Tensor]) -> None:
+        """Change the parameters."""
+        reached = dict.fromkeys(filter(None, map(self._layers.owner, present)))
+        for directions in self._directions(reached):
+            for p, n in directions:
+                group, state = self._group_of[p], self.state[p]
+                momentum_step(
+                    p,
+                    n,
+                    state,
+                    lr=float(group["lr"]),
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                    write=self._write,
+                )
+                state.setdefault("kind", JOINED)
+        others = [p for p in present if self._layers.owner(p) is None]
+        if others:
+            self._fall_back(others)
+
+    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield parameters with preconditioned gradients, bucket by bucket, so that few are held."""
+        buckets = self._by_bucket(dict.fromkeys(layers))
+        received: dict[int, list[Tensor]] = {}
+        if not self._placement.keeps(None):
+            for bucket, _ in buckets:
+                own = bucket.owner == self._placement.rank
+                N = self._preconditioned(bucket) if own else bucket.empty()
+                received.setdefault(bucket.owner, []).append(N.contiguous())
+            self._placement.broadcast(received)
+        for bucket, found in buckets:
+            N = received[bucket.owner].pop(0) if received else self._preconditioned(bucket)
+            if self.maximize:
+                N.neg_()
+            parts = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
+            yield [
+                (p, like_parameter(n, p))
+                for layer, part in zip(bucket.layers, parts, strict=True)
+                if layer in found
+                for p, n in zip(layer.parameters, layer.split(part), strict=True)
+                if p.grad is not None
+            ]
+
+    def _preconditioned(self, bucket: Bucket) -> Tensor:
+        """Return the preconditioned gradients of a bucket's layers."""
+        matrices = [self._gradient(layer).to(bucket.dtype) for layer in bucket.layers]
+        if bucket.single:
+            G = matrices[0].squeeze(0)
+        else:
+            G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        del matrices
+        return self._precondition(bucket, self._group_of[bucket.layers[0].weight], G)
+
+    def _gradient(self, layer: Layer) -> Tensor:
+        """Return the gradient ``[g,o,i]`` of a layer; what a pass has not reached counts as zero."""
+        grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in layer.parameters]
+        return layer.matrix(grads[0], grads[1] if len(grads) > 1 else None)
+
+    def _fall_back(self, params: list[Tensor]) -> None:
+        """Let the fallback train parameters."""
+        for p in params:
+            if self.state[p].get("kind", FALLBACK) != FALLBACK:  # it had factors before
+                self.state[p].clear()
+        chosen = set(params)
+        groups = []
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            if self.fallback_lr is not None:
+                lr = self.fallback_lr * (lr / group["base_lr"] if group["base_lr"] else 1.0)
+            members = [p for p in group["params"] if p in chosen]
+            groups.append((members, lr, group["weight_decay"]))
+        self.fallback.step(self.state, groups)
+        for p in params:
+            self.state[p].setdefault("kind", FALLBACK)
+
+    def _write(self, target: Tensor, source: Tensor) -> None:
+        """Overwrite a tensor, rounding to its data type."""
+        if self.stochastic_rounding:
+            copy_rounded_(target, source, None)
+        else:
+            target.copy_(source)
+
+    # ------------------------------------------------------------------ moments
+
+    def moment(
+        self, layer: Layer, factor: str, x: Tensor, scale: float, part: int | None
+    ) -> StructuredMatrix:
+        """Return what to keep of a moment; see `Statistics`."""
+        M, structure, dtype = self._coordinate(layer, factor)
+        if M is not None:
+            tensors = M.tensors if part is None else [t[part : part + 1] for t in M.tensors]
+            M = M.like(t.to(dtype) for t in tensors)
+        x = x.to(dtype)
+        if x.dim() == 2:  # the diagonal of a one-hot input's
+            diagonal = x * scale if M is None else M.tensors[0].square().mul_(x).mul_(scale)
+            return DiagonalMatrix([diagonal], x.shape[1])
+        if len(x) > 1:
+            return self._project(M, x, scale, structure)
+        M = None if M is None else M.like(t.squeeze(0) for t in M.tensors)
+        found = self._project(M, x[0], scale, structure)
+        return found.like(t.unsqueeze(0) for t in found.tensors)
+
+    def moments(
+        self, layers: Sequence[Layer], factor: str, x: Tensor, scale: float
+    ) -> list[StructuredMatrix]:
+        """Return what to keep of the moments of layers of one shape, whose rows are ``x[(L g),r,d]``."""
+        found = [self._coordinate(layer, factor) for layer in layers]
+        M, structure, dtype = found[0]
+        if M is not None:
+            stacks = zip(*(m.tensors for m, _, _ in found), strict=True)
+            M = M.like(torch.cat(ts).to(dtype) for ts in stacks)
+        whole, g = self._project(M, x.to(dtype), scale, structure), layers[0].form.groups
+        starts = range(0, g * len(layers), g)
+        return [whole.like(t[k : k + g] for t in whole.tensors) for k in starts]
+
+    def stackable(self, layers: Sequence[Layer]) -> bool:
+        """Whether `moments` can treat layers together."""
+        self._make_buckets()
+        first = layers[0]
+        return all(
+            layer.form == first.form
+            and self._structures_of(layer) == self._structures_of(first)
+            and self._dtype_of(layer) == self._dtype_of(first)
+            and (layer in self._buckets) == (first in self._buckets)
+            for layer in layers
+        )
+
+    def _coordinate(
+        self, layer: Layer, factor: str
+    ) -> tuple[StructuredMatrix | None, Structure, torch.dtype]:
+        """Return what a layer's moments are projected with, ``[g,d,d]``, their structure and data type.
+
+        None stands for the identity, which matrices are before the first step.
+        """
+        self._make_buckets()
+        bucket, name = self._buckets.get(layer), self.coordinates.get(factor)
+        structure = self._structures_of(layer)["AB".index(factor)]
+        dtype = torch.promote_types(self._dtype_of(layer), torch.float32)
+        M = None if bucket is None or name is None else bucket.of_layer(name, layer)
+        return M, structure, dtype
+
+    # ------------------------------------------------------------------ layers and buckets
+
+    def _activate(self, layers: Iterable[Layer]) -> None:
+        """Have matrices for layers from now on."""
+        for layer in layers:
+            if layer not in self._active:
+                self._active[layer] = None
+                self._version = -1
+        self._make_buckets()
+
+    def _make_buckets(self) -> None:
+        """Stack the matrices of active layers, unless that was done already."""
+        if self._version == self._layers.version:
+            return
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        known = set(self._layers)
+        for layer in list(self._active):
+            if layer not in known:  # it has changed, or has been refused
+                del self._active[layer]
+                for p in layer.parameters:
+                    owner = self._layers.owner(p)
+                    if owner is None or owner.form != layer.form:
+                        self.state[p].clear()
+        for layer in known - self._active.keys():
+            if self.state.get(layer.weight):  # loaded, or trained by the fallback before
+                self._adopt(layer)
+        together: dict[tuple, list[Layer]] = {}
+        numbers = {id(group): k for k, group in enumerate(self.param_groups)}
+        ordered = [self._layers.of_weight(p) for p in self._group_of]  # always the same order
+        ordered = [layer for layer in ordered if layer in self._active]
+        owners = self._owners(ordered)
+        for layer in ordered:
+            p = layer.weight
+            key = (numbers[id(self._group_of[p])], layer.form, self._structures_of(layer))
+            together.setdefault((*key, p.dtype, p.device, owners[layer]), []).append(layer)
+        self._buckets = {}
+        called = labels(self.param_groups)
+        for (_, form, structures, *_, owner), layers in together.items():
+            group = self._group_of[layers[0].weight]
+            states = [self.state[layer.weight] for layer in layers]
+            names = [called[layer.weight] for layer in layers]
+            slots = self._kept(self._slots(group, structures), self._placement.keeps(owner))
+            bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names, owner)
+            for layer, state in zip(layers, states, strict=True):
+                state["kind"] = WEIGHT
+                self._buckets[layer] = bucket
+        self._version = self._layers.version
+
+    def _owners(self, layers: list[Layer]) -> dict[Layer, int]:
+        """Return which process refreshes each layer; that does not change any more.
+
+        Raises:
+            ValueError: If a loaded state was saved by more processes.
+        """
+        if self._placement.size == 1:
+            return dict.fromkeys(layers, 0)
+        costs, owners = {}, {}
+        for layer in layers:
+            group = self._group_of[layer.weight]
+            sides = zip((layer.form.columns, layer.form.rows), self._structures_of(layer), strict=True)
+            costs[layer] = layer.form.groups * sum(
+                dim * sum(map(prod, structure.cls.shapes(dim, **dict(structure.options))))
+                for dim, structure in sides
+            )
+            state = self.state.get(layer.weight, {})
+            if "owner" in state:
+                owners[layer] = state["owner"]
+                if owners[layer] >= self._placement.size:
+                    raise ValueError(
+                        f"{type(self).__name__}: the state of parameter "
+                        f"{labels([group])[layer.weight]} belongs to process {owners[layer]}, but there "
+                        f"are {self._placement.size}. Load it with as many processes as saved it, or "
+                        "with one."
+                    )
+        found = self._placement.assign(costs, owners)
+        for layer, owner in found.items():
+            self.state[layer.weight]["owner"] = owner
+        return found
+
+    def _adopt(self, layer: Layer) -> None:
+        """Take a layer whose parameters have a state already."""
+        kind = self.state[layer.weight].get("kind", FALLBACK)
+        if kind == FALLBACK:
+            for p in layer.parameters:
+                self.state[p].clear()
+        else:
+            self._active[layer] = None
+
+    def _by_bucket(self, layers: Mapping[Layer, Any]) -> list[tuple[Bucket, dict[Layer, Any]]]:
+        """Sort layers, and what belongs to them, by bucket; in the bucket's order."""
+        found: dict[int, tuple[Bucket, dict[Layer, Any]]] = {}
+        for layer in layers:
+            bucket = self._buckets[layer]
+            found.setdefault(id(bucket), (bucket, {}))
+        for bucket, members in found.values():
+            members.update((layer, layers[layer]) for layer in bucket.layers if layer in layers)
+        return list(found.values())
+
+    def _structures_of(self, layer: Layer) -> tuple[Structure, Structure]:
+        """Return the structures of a layer's two sides; an embedding's inputs have a diagonal."""
+        group = self._group_of.get(layer.weight)
+        if group is None:
+            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+            group = self._group_of[layer.weight]
+        first, second = structures_of(type(self).__name__, group["structure"], self.structures)
+        return (DIAGONAL if layer.form.one_hot else first), second
+
+    def _dtype_of(self, layer: Layer) -> torch.dtype:
+        return self.factor_dtype or torch.promote_types(layer.weight.dtype, torch.float32)
+
+    def factors(self, weight: Tensor) -> dict[str, StructuredMatrix]:
+        """Return the matrices of a weight's layer, ``[g,d,d]`` each, by name; views of the state.
+
+        Raises:
+            KeyError: If the weight has none: the fallback trains it, or no step has reached it.
+        """
+        self._make_buckets()
+        layer = self._layers.of_weight(weight)
+        if layer is None or layer not in self._buckets:
+            raise KeyError(f"{type(self).__name__}: the parameter has no factors.")
+        bucket = self._buckets[layer]
+        return {name: bucket.of_layer(name, layer) for name in bucket.slots}
+
+    # ------------------------------------------------------------------ when
+
+    @property
+    def _clock(self) -> dict:
+        return self.param_groups[0]
+
+    def _tick(self, **entries: int) -> None:
+        for group in self.param_groups:
+            group.update(entries)
+
+    def _due(self) -> bool:
+        """Whether this step is to refresh."""
+        clock = self._clock
+        if clock["refreshes"] == 0:
+            return True
+        passed = clock["step"] - clock["refreshed"]
+        return passed >= interval_at(type(self).__name__, "interval", self.interval, clock["step"])
+
+    def _with_gradient(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _stands_still(self, present: list[Tensor]) -> bool:
+        """Whether a step changes nothing: how torch.distributed.checkpoint makes empty states."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups) or self.statistics.ran:
+            return False
+        return not any(p.grad.any() for p in present)
+
+    def _finite(self, present: list[Tensor], moments: list[Moments]) -> bool:
+        """Whether all gradients and moments are finite."""
+        grads = [g for p in present if (g := local(p.grad)).numel()]
+        values = list(torch._foreach_norm(grads, float("inf")))
+        values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
+        device = values[0].device
+        return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
+
+    # ------------------------------------------------------------------ groups and checkpoints
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own.
+
+        Raises:
+            ValueError: If an option is out of its range.
+        """
+        clock = {name: self.param_groups[0][name] if self.param_groups else 0 for name in CLOCK}
+        param_group = {**param_group, **clock}
+        group = {**self.defaults, **param_group}
+        self._check_group(group)
+        structures = structures_of(type(self).__name__, group["structure"], self.structures)
+        param_group.setdefault("base_lr", float(group["lr"]))
+        super().add_param_group(param_group)
+        if structures is not None:
+            self._layers.wanted.update(self.param_groups[-1]["params"])
+        self._version = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: see `torch.optim.Optimizer.state_dict`.
+
+        Where samples are drawn, the first parameter's entry has the state of the random generator.
+        """
+        state = super().state_dict()
+        if self.statistics.vectors.kind == "mc" and 0 in state["state"]:
+            generator = self.statistics.state_dict(self._device)
+            state["state"][0] = {**state["state"][0], **generator}
+        return state
+
+    @property
+    def _device(self) -> torch.device:
+        return self.param_groups[0]["params"][0].device
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned; see `torch.optim.Optimizer.load_state_dict`.
+
+        Raises:
+            ValueError: If it is that of another optimizer, or of other parameters or structures.
+        """
+        self._check_saved(state_dict)
+        with exact_loading(self, self._loaded):
+            super().load_state_dict(state_dict)
+        generator = self.state[self.param_groups[0]["params"][0]].pop("generator", None)
+        if generator is not None:
+            self.statistics.load_state_dict({"generator": generator}, self._device)
+        self.statistics.forget()
+        self._active.clear()
+        self._version = -1
+        self._make_buckets()
+        kinds = {p: state.get("kind", FALLBACK) for p, state in self.state.items()}
+        self._lost = {p for p, k in kinds.items() if k == WEIGHT and self._layers.of_weight(p) is None}
+
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of another optimizer."""
+        name, expected = type(self).__name__, {*self.defaults, *CLOCK}
+        for k, saved in enumerate(state_dict["param_groups"]):
+            missing = sorted(expected - saved.keys())
+            if missing:
+                raise ValueError(
+                    f"{name}: the state's group {k} has no {missing[0]!r}; expected what state_dict() "
+                    f"of {name} returned."
+                )
+            if k < len(self.param_groups):
+                own = self.param_groups[k]["structure"]
+                parsed = [structures_of(name, s, self.structures) for s in (saved["structure"], own)]
+                if parsed[0] != parsed[1]:
+                    raise ValueError(
+                        f"{name}: the state's group {k} has structure={saved['structure']!r}, this "
+                        f"optimizer's {own!r}. Make the optimizer with that structure."
+                    )
+        for index, state in state_dict["state"].items():
+            names = {key.partition(".")[0] for key in state if "." in key}
+            kind, owner = state.get("kind"), state.get("owner", self._placement.rank)
+            fits = bool(names) == (kind == WEIGHT) or not self._placement.keeps(owner)
+            if kind is None or not fits:
+                raise ValueError(
+                    f"{name}: the state of parameter {index} has entries {sorted(state)}, which do not "
+                    f"fit together. Are they those of {name}? If they come from "
+                    "torch.distributed.checkpoint, which asks a new optimizer what there is: run one "
+                    "backward pass inside `with backpack(*opt.extensions())`, and a step with lr=0, "
+                    "before."
+                )
+
+    def _loaded(self, value: Any, p: Tensor, key: str, entries: Mapping[str, Any]) -> Any:
+        """Return a copy of one entry of a checkpoint, in the data type that it is needed in."""
+        if not isinstance(value, Tensor):
+            return value
+        if key == "generator":
+            return value.to("cpu", copy=True)
+        if entries["kind"] == FALLBACK:
+            return None  # as torch does it
+        if "." in key:
+            dtype = self.factor_dtype or state_dtype(p)
+            return value.to(p.device, dtype, copy=True)
+        return loaded(value, p, key)
+
+    def _find_lost(self, present: list[Tensor]) -> None:
+        """Look whether a pass has shown the layers of loaded factors.
+
+        Raises:
+            ValueError: If it has reached a weight, but found no layer.
+        """
+        self._lost = {p for p in self._lost if self._layers.of_weight(p) is None}
+        gone = next((p for p in present if p in self._lost), None)
+        if gone is not None:
+            raise ValueError(
+                f"{type(self).__name__}: the loaded state has factors of parameter "
+                f"{labels(self.param_groups)[gone]} but the backward pass found no layer that has some. "
+                "Was it saved with another model?"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in self.copied}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_buckets" not in self.__dict__:  # a copy; torch comes here as well when it loads
+            self._start()
