@@ -1,5 +1,6 @@
 """The examples run as a user would run them, and print what they promise."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,3 +106,28 @@ def test_kernel_regime(tmp_path: Path):
     assert [row[:2] for row in rows] == [[p, w] for p in ("standard", "ntk") for w in ("32", "128")]
     assert "none satisfies the condition C' <= 1" in out
     assert (tmp_path / "kernel_regime_mlp.png").stat().st_size > 10_000
+
+
+def test_training_comparison(tmp_path: Path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    names = ["AdamW", "SINGD diagonal", "RF-RMSProp"]
+    what = ["--tasks", "graph", "--optimizers", *names, "--steps", "6", "--out", str(tmp_path)]
+    searched = run("-m", "examples.training", "search", *what, "--trials", "2", "--processes", "1")
+    assert [line[7:25].strip() for line in searched.splitlines()[1:]] == names
+    found = json.loads((tmp_path / "found.json").read_text())["graph"]
+    for name in names:
+        assert found[name]["trials"] == 2 and len(found[name]["config"]) == 5
+
+    out = run("-m", "examples.training", "compare", *what, "--seeds", "2")
+    for dtype in ("float32", "bfloat16"):
+        assert f"Graph network on molecules, {dtype}, 6 steps, 2 seeds" in out
+    rows = [line for line in out.splitlines() if line.startswith(tuple(names))]
+    assert len(rows) == 2 * len(names)
+    assert (tmp_path / "tables.rst").read_text() in out
+    assert (tmp_path / "graph_6.png").stat().st_size > 10_000
+
+    again = run("-m", "examples.training", "compare", *what, "--seeds", "2")
+    assert "all runs are there" in again
+    assert out.split("Smallest", 1)[1] == again.split("Smallest", 1)[1]

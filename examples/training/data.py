@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,13 @@ class Batch:
     target: Tensor
     segments: list[Tensor] | None = None
 
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Return the batch with floating-point inputs of a data type."""
+        inputs = (
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.inputs
+        )
+        return replace(self, inputs=tuple(inputs))
+
     def sharing(self) -> AbstractContextManager:
         """Return the block in which a forward pass knows whose the rows are.
 
@@ -39,11 +46,13 @@ class Batch:
         return sharing(segments=self.segments, num_data=len(self.target), normalize="sum")
 
 
+def is_floating(x: Any) -> bool:
+    """Whether something is a floating-point tensor."""
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
 class Data(ABC):
     """A data set. Floating-point inputs are float32."""
-
-    # terms of the loss that a datum has
-    terms = 1
 
     @abstractmethod
     def __len__(self) -> int:
@@ -54,7 +63,7 @@ class Data(ABC):
         """Return the data with the numbers ``index``, ``[N]``."""
 
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
-        """Yield batches without end; each pass is in an order of its own, and drops what is left over."""
+        """Yield batches without end; each pass has its own order, and drops what is left over."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self), generator=generator)

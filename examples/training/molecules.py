@@ -1,9 +1,9 @@
 """Synthetic molecules, and a graph network that counts functional groups in them.
 
-Atoms are C, N, O and F, with four, three, two and one bonds; what a molecule's bonds leave free are its
-hydrogens. The class of a molecule is the number of its carbon atoms (0, 1, more) which have a double bond
-to an O and a single bond to an N or an O with a hydrogen: acids and amides. A network sees no hydrogens,
-it has to count bonds at the N or O, and then look from the C: two rounds of messages.
+Atoms are C, N, O and F, with four, three, two and one bonds; what a molecule's bonds leave free are
+its hydrogens. The class of a molecule is the number of its carbon atoms (0, 1, more) which have a double
+bond to an O and a single bond to an N or an O with a hydrogen: acids and amides. A network sees no
+hydrogens, it has to count bonds at the N or O, and then look from the C: two rounds of messages.
 """
 
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ class Builder:
 
 
 def molecule(random: Random) -> Molecule:
-    """Return a random tree of some 6 to 16 atoms, a third of it carbonyls, with up to two rings closed."""
+    """Return a random tree of about 6 to 16 atoms, carbonyls among them, with up to two rings."""
     built, size = Builder(), random.randint(6, 16)
     while len(built.atoms) < size and (places := built.open()):
         at = random.choice(places)
@@ -155,7 +155,13 @@ class Molecules(Data):
         numbers = torch.arange(len(index))
         graph, graph_of_bond = numbers.repeat_interleave(sizes), numbers.repeat_interleave(counts)
         offsets = (sizes.cumsum(0) - sizes)[graph_of_bond]
-        inputs = (torch.cat(atoms), torch.cat(bonds), torch.cat(edges, dim=1) + offsets, graph, len(index))
+        inputs = (
+            torch.cat(atoms),
+            torch.cat(bonds),
+            torch.cat(edges, dim=1) + offsets,
+            graph,
+            len(index),
+        )
         return Batch(inputs, self.classes[index], [graph, graph_of_bond])
 
 

@@ -42,10 +42,9 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Windows(Data):
-    """Windows ``[N, T + 1]`` of text: all but the last character are inputs, all but the first targets."""
+    """Windows ``[N, T + 1]`` of text; each character but the last is an input, the next its target."""
 
     windows: Tensor
-    terms = LENGTH
 
     def __len__(self) -> int:
         return len(self.windows)
