@@ -7,6 +7,7 @@ hydrogens, it has to count bonds at the N or O, and then look from the C: two ro
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
 import torch
@@ -165,6 +166,7 @@ class Molecules(Data):
         return Batch(inputs, self.classes[index], [graph, graph_of_bond])
 
 
+@lru_cache(maxsize=2)
 def molecules(seed: int) -> tuple[Molecules, Molecules]:
     """Return training and validation data."""
     random = Random(seed)

@@ -12,6 +12,7 @@ from math import cos, exp, log, pi
 from random import Random
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -87,18 +88,31 @@ def schedule(name: str, steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / rise) * SCHEDULES[name](step / steps)
 
 
-# ``interval`` steps lie between two refreshes. What has no Kronecker factors (norms, class tokens) is
-# trained by AdamW, with one learning rate for all tasks.
-NATURAL = {"interval": 10, "fallback_lr": 3e-3}
+def interval(step: int) -> int:
+    """Return the steps between two refreshes: 1 at first, one more every 10 steps, 10 from step 90 on.
+
+    Factors start at the identity, and should be near the curvature early in a run of a few hundred steps.
+    `optim.schedules.early_frequent` is made for longer runs; it refreshes often all through these.
+    """
+    return min(1 + step // 10, 10)
+
+
+# What has no Kronecker factors (norms, class tokens) is trained by AdamW, with one learning rate for all
+# tasks.
+NATURAL = {"interval": interval, "fallback_lr": 3e-3}
 
 
 def natural(cls: type[Optimizer], **fixed: Any) -> Make:
-    """Return how to make an optimizer with Kronecker factors, of the network's own data type."""
+    """Return how to make an optimizer with Kronecker factors, of the network's own data type.
+
+    Layers are checked in float32 only: torch adds up a LayerNorm's bfloat16 gradients with errors of a
+    sixth and more, which the check would take for a layer that it does not know.
+    """
 
     def make(model: nn.Module, config: Config, task: Task) -> Optimizer:
         dtype = next(model.parameters()).dtype
         options = {"approx": task.approx, "factor_dtype": dtype} | NATURAL | fixed | config
-        return cls(extend(model), **options)
+        return cls(extend(model, check_layers=dtype == torch.float32), **options)
 
     return make
 
@@ -153,7 +167,8 @@ OPTIMIZERS = {
         for name, structure in STRUCTURES.items()
     },
     "INGD": Entry(natural(INGD, **NORMALIZED), INVERSE_FREE),
-    "IKFAC": Entry(natural(IKFAC), INVERSE_FREE),
+    # not normalized: its steps have to be smaller
+    "IKFAC": Entry(natural(IKFAC), INVERSE_FREE | {"lr_cov": Log(3e-3, 1e-1)}),
     "KFAC": Entry(
         natural(KFAC),
         {"lr": LR, "damping": DAMPING, "decay": One((0.5, 0.8, 0.9, 0.95))} | COMMON,
@@ -165,5 +180,5 @@ OPTIMIZERS = {
     "RF-AdamW": Entry(
         root_free("RFAdamW"), {"lr": LR, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
     ),
-    "RF-Shampoo": Entry(root_free("RFShampoo", interval=NATURAL["interval"]), INVERSE_FREE),
+    "RF-Shampoo": Entry(root_free("RFShampoo", interval=interval), INVERSE_FREE),
 }

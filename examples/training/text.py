@@ -78,6 +78,7 @@ def windows(texts: list[bytes]) -> Tensor:
     return (codes - 31).clamp(0, CHARACTERS - 1).to(torch.uint8).unfold(0, LENGTH + 1, LENGTH)
 
 
+@lru_cache(maxsize=2)
 def library(seed: int) -> tuple[Windows, Windows]:
     """Return training and validation data, which are of different modules."""
     texts = list(modules())
