@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 
 from examples.training.training import Run, train
 
-STEPS = 11  # the first is slow, as layers are checked in it; two have a refresh
+STEPS = 11  # the first, in which layers are checked, is not timed
 
 
 def estimate(runs: Sequence[Run]) -> float:
-    """Return the seconds that runs take, one after the other.
+    """Return the seconds that runs take one after the other, at most: first steps have most refreshes.
 
     Each combination of task, optimizer and data type is tried for some steps, which also is the warm-up
     that the first runs of a process need.
@@ -37,6 +37,6 @@ def announce(what: str, runs: Sequence[Run], processes: int = 1) -> None:
         return
     seconds = estimate(runs) / min(processes, len(runs))
     print(
-        f"{what}: {len(runs)} runs, about {seconds / 60:.1f} minutes by {processes} processes",
+        f"{what}: {len(runs)} runs, up to {seconds / 60:.1f} minutes by {processes} processes",
         flush=True,
     )

@@ -89,9 +89,9 @@ def schedule(name: str, steps: int) -> Callable[[int], float]:
 
 
 def interval(step: int) -> int:
-    """Return the steps between two refreshes: 1 at first, one more every 10 steps, 10 from step 90 on.
+    """Return the steps between two refreshes: 1 at first, one more every 10 steps, 10 in the end.
 
-    Factors start at the identity, and should be near the curvature early in a run of a few hundred steps.
+    Factors start at the identity, and should be near the curvature early in a run of some hundred steps.
     `optim.schedules.early_frequent` is made for longer runs; it refreshes often all through these.
     """
     return min(1 + step // 10, 10)
