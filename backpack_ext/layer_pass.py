@@ -143,7 +143,7 @@ class LayerPass(Receiver):
                     f"{next(iter(self.unscaled)).label} without passing an extended loss. Extend the "
                     "loss module with backpack_ext.extend, or tie a scalar that no module computes "
                     "to a loss with backpack_ext.attach_loss. If it is checkpointed, pass "
-                    "use_reentrant=False."
+                    f"use_reentrant=False.{ext.without_loss}"
                 )
         self._flush(self.main, self.pending)
         missing = [site.label for site, passed in self.expected.items() if not passed]

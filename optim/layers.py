@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +56,28 @@ class Layer:
         """The weight, and the bias if it is joined."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``[g,o,i]`` of tensors shaped like the parameters; a view where it can be."""
         W = self.form.axes.to_matrix(weight)
         if bias is None:
             return W
         return torch.cat([W, self.form.bias_axes.to_matrix(bias)], dim=-1)
+
+    def scaled(self, tensors: Sequence[Tensor], rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+        """Return tensors like the parameters, rows and columns of their matrix multiplied.
+
+        Args:
+            tensors: Shaped like `parameters`.
+            rows: Factors ``[g,o]``.
+            columns: Factors ``[g,i]``.
+        """
+        rows, columns = rows.unsqueeze(-1), columns.unsqueeze(-2)
+        axes = self.form.axes
+        if self.bias is None:
+            return (axes.to_parameter((axes.to_matrix(tensors[0]) * rows).mul_(columns)),)
+        W = axes.to_parameter((axes.to_matrix(tensors[0]) * rows).mul_(columns[..., :-1]))
+        b = self.form.bias_axes.to_matrix(tensors[1]) * rows * columns[..., -1:]
+        return W, self.form.bias_axes.to_parameter(b)
 
     def split(self, M: Tensor) -> tuple[Tensor, ...]:
         """Return views of ``M[g,o,i]`` (copies where axes do not allow) shaped like the parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from backpack_ext import Extension, extend
@@ -103,15 +105,17 @@ class NaturalGradient(CurvatureOptimizer):
         self.statistics = Statistics(
             *(name, self, self._layers, approx, fisher, mc_samples, loss_terms, wide, generator)
         )
+        self.statistics.rank = self._placement.rank  # processes are to draw different samples
         self._start()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(model.named_parameters() if model is not None else params, defaults)
         if model is not None:
-            if not is_extended(model):
+            wrapped = model.module if isinstance(model, DistributedDataParallel) else model
+            if not (is_extended(model) or is_extended(wrapped)):
                 warnings.warn(
                     f"{name}: the model was not extended; it is now, by backpack_ext.extend(model). "
                     "Extend the loss as well.",
-                    stacklevel=3,
+                    stacklevel=_depth_of_caller(),
                 )
                 extend(model)
             self._layers.look_through(model)
@@ -402,32 +406,54 @@ class NaturalGradient(CurvatureOptimizer):
                 received.setdefault(bucket.owner, []).append(N.contiguous())
             self._placement.broadcast(received)
         for bucket, found in buckets:
-            N = received[bucket.owner].pop(0) if received else self._preconditioned(bucket)
-            if self.maximize:
-                N.neg_()
-            parts = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
-            yield [
+            scales = None if received or bucket.is_small else self._scales(bucket)
+            if scales is not None:
+                parts = self._scaled(bucket, *scales)
+            else:
+                N = received[bucket.owner].pop(0) if received else self._preconditioned(bucket)
+                N = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
+                parts = [layer.split(part) for layer, part in zip(bucket.layers, N, strict=True)]
+            directions = [
                 (p, like_parameter(n, p))
                 for layer, part in zip(bucket.layers, parts, strict=True)
                 if layer in found
-                for p, n in zip(layer.parameters, layer.split(part), strict=True)
+                for p, n in zip(layer.parameters, part, strict=True)
                 if p.grad is not None
             ]
+            if self.maximize:
+                for _, n in directions:
+                    n.neg_()
+            yield directions
+
+    def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
+        """Return vectors that rows and columns of gradients are multiplied with, if that is all.
+
+        ``[(L g), o]`` and ``[(L g), i]``.
+        """
+        return None
+
+    def _scaled(self, bucket: Bucket, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield gradients with rows and columns scaled, layer by layer, weight and bias apart."""
+        g = bucket.form.groups
+        for k, layer in enumerate(bucket.layers):
+            rows, columns = (v[k * g : (k + 1) * g] for v in (left, right))
+            yield layer.scaled([self._grad(p) for p in layer.parameters], rows, columns)
+
+    def _grad(self, p: Tensor) -> Tensor:
+        """Return a parameter's whole gradient; what a pass has not reached counts as zero."""
+        return whole(torch.zeros_like(p) if p.grad is None else p.grad)
 
     def _preconditioned(self, bucket: Bucket) -> Tensor:
         """Return the preconditioned gradients of a bucket's layers."""
-        matrices = [self._gradient(layer).to(bucket.dtype) for layer in bucket.layers]
+        grads = ([self._grad(p) for p in layer.parameters] for layer in bucket.layers)
+        pairs = zip(bucket.layers, grads, strict=True)
+        matrices = [layer.matrix(*found).to(bucket.dtype) for layer, found in pairs]
         if bucket.single:
             G = matrices[0].squeeze(0)
         else:
             G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         del matrices
         return self._precondition(bucket, self._group_of[bucket.layers[0].weight], G)
-
-    def _gradient(self, layer: Layer) -> Tensor:
-        """Return the gradient ``[g,o,i]`` of a layer; what a pass has not reached counts as zero."""
-        grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in layer.parameters]
-        return layer.matrix(grads[0], grads[1] if len(grads) > 1 else None)
 
     def _fall_back(self, params: list[Tensor]) -> None:
         """Let the fallback train parameters."""
@@ -665,7 +691,10 @@ class NaturalGradient(CurvatureOptimizer):
     def _finite(self, present: list[Tensor], moments: list[Moments]) -> bool:
         """Whether all gradients and moments are finite."""
         grads = [g for p in present if (g := local(p.grad)).numel()]
-        values = list(torch._foreach_norm(grads, float("inf")))
+        if all(g.is_cuda for g in grads):
+            values = list(torch._foreach_norm(grads, float("inf")))
+        else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
+            values = [g.sum(dtype=state_dtype(g)) for g in grads]
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
         device = values[0].device
         return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
@@ -790,3 +819,11 @@ class NaturalGradient(CurvatureOptimizer):
         super().__setstate__(state)
         if "_buckets" not in self.__dict__:  # a copy; torch comes here as well when it loads
             self._start()
+
+
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of whoever makes an optimizer, outside of all constructors."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_name == "__init__":
+        frame, depth = frame.f_back, depth + 1
+    return depth

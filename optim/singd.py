@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from curvature import StructuredMatrix
+from curvature import DiagonalMatrix, StructuredMatrix
 from curvature.outer import outer
 from optim.bucket import Bucket, Slot
 from optim.layers import Layer
@@ -59,6 +59,17 @@ class InverseFree(NaturalGradient):
             bucket.cache = outer(bucket.matrices["C"]), outer(bucket.matrices["K"])
         left, right = bucket.cache
         return right.rmatmul(left.matmul(G))
+
+    def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
+        K, C = bucket.matrices["K"], bucket.matrices["C"]
+        if not (isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix)):
+            return None
+        if bucket.cache is None:
+            bucket.cache = tuple(
+                t.unsqueeze(0) if bucket.single else t
+                for t in (C.tensors[0].square(), K.tensors[0].square())
+            )
+        return bucket.cache
 
     def _check_group(self, group: dict) -> None:
         name = type(self).__name__

@@ -152,6 +152,10 @@ class Statistics(Extension):
         self.max_columns = 1000
         self.ran = False  # whether a pass ended since the last `take` or `forget`
         self._pending: dict[Tensor, Moments] = {}
+        if self.needs_scale:
+            self.without_loss = (
+                f" Or tell {owner} the number of terms that the loss is a mean over, loss_terms=."
+            )
 
     @property
     def needs_scale(self) -> bool:
