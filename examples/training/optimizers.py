@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-import optim
 from backpack_ext import extend
 from examples.training.tasks import Task
 from optim import IKFAC, INGD, KFAC, SINGD
+from optim.rootfree import RFAdamW, RFRMSProp, RFShampoo
 
 Config = dict[str, Any]
 Make = Callable[[nn.Module, Config, "Task"], Optimizer]
@@ -126,11 +126,11 @@ def plain(cls: type[Optimizer], **fixed: Any) -> Make:
     return make
 
 
-def root_free(cls: str, **fixed: Any) -> Make:
+def root_free(cls: type[Optimizer], **fixed: Any) -> Make:
     """Return how to make an optimizer that has to know the number of terms of the mean loss."""
 
     def make(model: nn.Module, config: Config, task: Task) -> Optimizer:
-        return getattr(optim, cls)(model.parameters(), batch_size=task.terms, **(fixed | config))
+        return cls(model.parameters(), batch_size=task.terms, **(fixed | config))
 
     return make
 
@@ -174,11 +174,11 @@ OPTIMIZERS = {
         {"lr": LR, "damping": DAMPING, "decay": One((0.5, 0.8, 0.9, 0.95))} | COMMON,
     ),
     "RF-RMSProp": Entry(
-        root_free("RFRMSProp", momentum=0.9),
+        root_free(RFRMSProp, momentum=0.9),
         {"lr": LR, "alpha": One((0.9, 0.95, 0.99, 0.999)), "damping": DAMPING} | COMMON,
     ),
     "RF-AdamW": Entry(
-        root_free("RFAdamW"), {"lr": LR, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
+        root_free(RFAdamW), {"lr": LR, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
     ),
-    "RF-Shampoo": Entry(root_free("RFShampoo", interval=interval), INVERSE_FREE),
+    "RF-Shampoo": Entry(root_free(RFShampoo, interval=interval), INVERSE_FREE),
 }
