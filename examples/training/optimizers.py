@@ -136,6 +136,8 @@ def root_free(cls: type[Optimizer], **fixed: Any) -> Make:
 
 
 LR = Log(1e-3, 1e-1)
+# their second moments start at 1/B, so that they begin as SGD does
+LR_ROOT_FREE = Log(3e-3, 3e-1)
 DAMPING = Log(1e-4, 1e-1)
 BETAS = One(tuple((b1, b2) for b1 in (0.8, 0.9, 0.95) for b2 in (0.95, 0.99, 0.999)))
 COMMON = {"weight_decay": Log(1e-5, 1e-2), "schedule": One(tuple(SCHEDULES))}
@@ -175,10 +177,10 @@ OPTIMIZERS = {
     ),
     "RF-RMSProp": Entry(
         root_free(RFRMSProp, momentum=0.9),
-        {"lr": LR, "alpha": One((0.9, 0.95, 0.99, 0.999)), "damping": DAMPING} | COMMON,
+        {"lr": LR_ROOT_FREE, "alpha": One((0.8, 0.9, 0.95, 0.99)), "damping": DAMPING} | COMMON,
     ),
     "RF-AdamW": Entry(
-        root_free(RFAdamW), {"lr": LR, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
+        root_free(RFAdamW), {"lr": LR_ROOT_FREE, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
     ),
     "RF-Shampoo": Entry(root_free(RFShampoo, interval=interval), INVERSE_FREE),
 }
