@@ -487,8 +487,6 @@ class StructuredMatrix(ABC):
         """Return a matrix with other tensors that fit; nothing is checked."""
         return self._of(tensors, self.dim, self.options)
 
-    _like = like
-
     @classmethod
     def _title(cls) -> str:
         return cls.name or cls.__name__
