@@ -149,7 +149,7 @@ class Blocks(Outer):
     """
 
     def __init__(self, M: BlockDiagonalMatrix):
-        blocks = M._like(A @ A.mT for A in M.tensors)
+        blocks = M.like(A @ A.mT for A in M.tensors)
         super().__init__(M.dim, *blocks.tensors)
         self._blocks = blocks
 
