@@ -282,7 +282,7 @@ class NaturalGradient(CurvatureOptimizer):
     # ------------------------------------------------------------------ several processes
 
     def _agree(self, found: dict[Layer, Moments], finite: bool, due: bool) -> bool:
-        """Return whether all is finite in all processes, and note layers that only others have reached.
+        """Return whether all is finite in all processes, and note what others have reached or refused.
 
         Gradients are the same in all processes, unless parameters are sharded.
 
@@ -304,12 +304,17 @@ class NaturalGradient(CurvatureOptimizer):
             (numbers[layer.weight], None if layer.bias is None else numbers[layer.bias], layer.form)
             for layer in found
         ]
-        answers = self._placement.gather((finite, known))
-        if not all(flag for flag, _ in answers):
+        refused = [numbers[p] for p in self._layers.refused]
+        answers = self._placement.gather((finite, refused, known))
+        for number in {k for _, several, _ in answers for k in several}:
+            self._layers.refuse(params[number])
+        if not all(flag for flag, _, _ in answers):
             return False
         reached: dict[int, tuple] = {}
-        for _, entries in answers:
+        for _, _, entries in answers:
             for entry in entries:
+                if params[entry[0]] in self._layers.refused:
+                    continue
                 if reached.setdefault(entry[0], entry) != entry:
                     raise ValueError(
                         f"{type(self).__name__}: processes read the weight of parameter "
