@@ -245,15 +245,17 @@ class NaturalGradient(CurvatureOptimizer):
                 "inside `with backpack(*opt.extensions()):`."
             )
         moments = self.statistics.take()
-        if self._lost and not still:
-            self._find_lost(present)
-        found = {m.layer: m for m in moments} if due else {}
+        found = {m.layer: m for m in moments}
         finite = self._finite(present, moments)
         if self._placement.size > 1 and not still:
-            finite = self._agree(found, finite, due)
+            finite = self._agree(found, finite, due or bool(self._lost))
         if not finite:
             self._tick(skipped=self.skipped + 1)
             return loss
+        if self._lost and not still:
+            self._find_lost(present)
+        if not due:
+            found = {}
         self._activate(found)
         self._activate(filter(None, map(self._layers.owner, present)))
         if found:
@@ -289,7 +291,7 @@ class NaturalGradient(CurvatureOptimizer):
         Args:
             found: What was gathered here; layers that others have reached are added, without moments.
             finite: Whether all is finite here.
-            due: Whether there is something to be gathered.
+            due: Whether something was to be gathered.
 
         Raises:
             ValueError: If processes read a weight in different ways.
