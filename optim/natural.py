@@ -590,6 +590,8 @@ class NaturalGradient(CurvatureOptimizer):
             bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names, owner)
             for layer, state in zip(layers, states, strict=True):
                 state["kind"] = WEIGHT
+                if self._placement.size == 1:
+                    state.pop("owner", None)  # of a state that several processes saved
                 self._buckets[layer] = bucket
         self._version = self._layers.version
 
