@@ -783,6 +783,12 @@ class NaturalGradient(CurvatureOptimizer):
             names = {key.partition(".")[0] for key in state if "." in key}
             kind, owner = state.get("kind"), state.get("owner", self._placement.rank)
             fits = bool(names) == (kind == WEIGHT) or not self._placement.keeps(owner)
+            if not fits and kind == WEIGHT and "owner" in state:
+                raise ValueError(
+                    f"{name}: the state of parameter {index} has no factors. Was it saved by another "
+                    'process, with placement="memory"? Each process saves, and loads, a state of its '
+                    "own then."
+                )
             if kind is None or not fits:
                 raise ValueError(
                     f"{name}: the state of parameter {index} has entries {sorted(state)}, which do not "
