@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ class KFAC(NaturalGradient):
     """
 
     structures = INVERTIBLE
+    # how often the factors were updated, and in which step they were inverted last
+    numbers = {"updates": 0, "inverted": -1}
     copied = (*NaturalGradient.copied, "inverse_interval", "kl_clip")
 
     def __init__(
@@ -105,6 +108,10 @@ class KFAC(NaturalGradient):
             check_interval("KFAC", "inverse_interval", inverse_interval)
         if kl_clip is not None:
             check_number("KFAC", "kl_clip", kl_clip)
+            if kl_clip == 0:
+                raise ValueError(
+                    "KFAC: kl_clip=0; expected a number > 0, or None: no step would be taken."
+                )
         self.inverse_interval, self.kl_clip = inverse_interval, kl_clip
         defaults = {
             "lr": lr,
@@ -154,9 +161,9 @@ class KFAC(NaturalGradient):
     def _plan(self, layer: Layer) -> tuple[bool, bool]:
         """Return whether a layer's factors are its first, and whether they are to be inverted."""
         state, now = self.state[layer.weight], self._clock["step"]
-        first = "updates" not in state
-        state["updates"] = state.get("updates", 0) + 1
-        if self.inverse_interval is not None and "inverted" in state:
+        first = state["updates"] == 0
+        state["updates"] += 1
+        if self.inverse_interval is not None and state["inverted"] >= 0:
             interval = interval_at("KFAC", "inverse_interval", self.inverse_interval, now)
             if now - state["inverted"] < interval:
                 return first, False
@@ -206,7 +213,8 @@ class KFAC(NaturalGradient):
             for p, n in directions
         ]
         if terms:
-            total = torch.stack([t.to(terms[0].device, torch.float32) for t in terms]).sum().abs()
+            dtype = reduce(torch.promote_types, (t.dtype for t in terms))
+            total = torch.stack([t.to(terms[0].device, dtype) for t in terms]).sum().abs()
             factor = (self.kl_clip / total).sqrt().clamp(max=1)
             for directions in buckets:
                 for _, n in directions:

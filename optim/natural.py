@@ -25,7 +25,7 @@ from optim.fallback import Fallback
 from optim.layers import Layer, Layers, labels
 from optim.momentum import momentum_step
 from optim.placement import placement_of
-from optim.rounding import copy_rounded_
+from optim.rounding import copy_rounded_, seeded_generator
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, loaded, state_dtype
@@ -128,6 +128,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._group_of: dict[Tensor, dict] = {}
         # weights with loaded factors whose layers have not been seen yet: the next pass shows them
         self._lost: set[Tensor] = set()
+        self._rounding: dict[tuple[str, torch.device], tuple] = {}  # generators of this step
 
     # ------------------------------------------------------------------ what subclasses say
 
@@ -179,6 +180,9 @@ class NaturalGradient(CurvatureOptimizer):
         *("interval", "factor_dtype", "fallback_lr", "stochastic_rounding", "maximize", "fallback"),
         *("statistics", "_layers", "_placement"),
     )
+
+    # Numbers that a weight's state has beside its matrices, as they are at first.
+    numbers: ClassVar[Mapping[str, int]] = {}
 
     # names of the slots that moments are projected with, by side; none if the coordinates are plain
     coordinates: ClassVar[Mapping[str, str]] = {}
@@ -395,7 +399,7 @@ class NaturalGradient(CurvatureOptimizer):
                     lr=float(group["lr"]),
                     momentum=group["momentum"],
                     weight_decay=group["weight_decay"],
-                    write=self._write,
+                    write=self._write_parameter,
                 )
                 state.setdefault("kind", JOINED)
         others = [p for p in present if self._layers.owner(p) is None]
@@ -480,11 +484,25 @@ class NaturalGradient(CurvatureOptimizer):
             self.state[p].setdefault("kind", FALLBACK)
 
     def _write(self, target: Tensor, source: Tensor) -> None:
-        """Overwrite a tensor, rounding to its data type."""
-        if self.stochastic_rounding:
-            copy_rounded_(target, source, None)
-        else:
-            target.copy_(source)
+        """Overwrite a matrix's tensor, rounding to its data type."""
+        copy_rounded_(target, source, self._generator("matrices", target.device))
+
+    def _write_parameter(self, target: Tensor, source: Tensor) -> None:
+        """Overwrite a parameter, rounding to its data type."""
+        copy_rounded_(target, source, self._generator("parameters", target.device))
+
+    def _generator(self, use: str, device: torch.device) -> torch.Generator | None:
+        """Return what this step's rounding draws from; None to round to the nearest.
+
+        It depends on the step alone, so that nothing has to be saved and copies in several processes
+        stay equal. Matrices, which not all processes write, have one of their own.
+        """
+        if not self.stochastic_rounding:
+            return None
+        numbers = ("matrices", "parameters").index(use), self._clock["step"]
+        if self._rounding.get((use, device), (None,))[0] != numbers:
+            self._rounding[use, device] = numbers, seeded_generator(device, *numbers)
+        return self._rounding[use, device][1]
 
     # ------------------------------------------------------------------ moments
 
@@ -557,7 +575,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _make_buckets(self) -> None:
         """Stack the matrices of active layers, unless that was done already."""
-        if self._version == self._layers.version:
+        if self._version == self._layers.version and not self._has_moved():
             return
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         known = set(self._layers)
@@ -590,10 +608,19 @@ class NaturalGradient(CurvatureOptimizer):
             bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names, owner)
             for layer, state in zip(layers, states, strict=True):
                 state["kind"] = WEIGHT
+                for key, number in self.numbers.items():
+                    state.setdefault(key, number)
                 if self._placement.size == 1:
                     state.pop("owner", None)  # of a state that several processes saved
                 self._buckets[layer] = bucket
         self._version = self._layers.version
+
+    def _has_moved(self) -> bool:
+        """Whether parameters have another device or data type than when buckets were made."""
+        return any(
+            layer.weight.device != bucket.device or self._dtype_of(layer) != bucket.dtype
+            for layer, bucket in self._buckets.items()
+        )
 
     def _owners(self, layers: list[Layer]) -> dict[Layer, int]:
         """Return which process refreshes each layer; that does not change any more.
@@ -723,6 +750,7 @@ class NaturalGradient(CurvatureOptimizer):
         structures = structures_of(type(self).__name__, group["structure"], self.structures)
         param_group.setdefault("base_lr", float(group["lr"]))
         super().add_param_group(param_group)
+        self.param_groups[-1].update(self._generator_state())
         if structures is not None:
             self._layers.wanted.update(self.param_groups[-1]["params"])
         self._version = -1
@@ -730,13 +758,16 @@ class NaturalGradient(CurvatureOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: see `torch.optim.Optimizer.state_dict`.
 
-        Where samples are drawn, the first parameter's entry has the state of the random generator.
+        Where samples are drawn, the groups have the state of the random generator.
         """
-        state = super().state_dict()
-        if self.statistics.vectors.kind == "mc" and 0 in state["state"]:
-            generator = self.statistics.state_dict(self._device)
-            state["state"][0] = {**state["state"][0], **generator}
-        return state
+        self._tick(**self._generator_state())
+        return super().state_dict()
+
+    def _generator_state(self) -> dict[str, Tensor]:
+        """Return the state of the generator that samples are drawn from, if there is one."""
+        if self.statistics.vectors.kind != "mc":
+            return {}
+        return self.statistics.state_dict(self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -749,15 +780,19 @@ class NaturalGradient(CurvatureOptimizer):
             ValueError: If it is that of another optimizer, or of other parameters or structures.
         """
         self._check_saved(state_dict)
-        with exact_loading(self, self._loaded):
-            super().load_state_dict(state_dict)
-        generator = self.state[self.param_groups[0]["params"][0]].pop("generator", None)
-        if generator is not None:
-            self.statistics.load_state_dict({"generator": generator}, self._device)
+        before = dict(self.__dict__)
+        self._active = {}
+        try:
+            with exact_loading(self, self._loaded):
+                super().load_state_dict(state_dict)
+            self._version = -1
+            self._make_buckets()
+        except Exception:
+            self.__dict__.update(before)  # nothing in there has been changed in place
+            raise
+        if "generator" in self.param_groups[0]:
+            self.statistics.load_state_dict(self.param_groups[0], self._device)
         self.statistics.forget()
-        self._active.clear()
-        self._version = -1
-        self._make_buckets()
         kinds = {p: state.get("kind", FALLBACK) for p, state in self.state.items()}
         self._lost = {p for p, k in kinds.items() if k == WEIGHT and self._layers.of_weight(p) is None}
 
@@ -802,8 +837,6 @@ class NaturalGradient(CurvatureOptimizer):
         """Return a copy of one entry of a checkpoint, in the data type that it is needed in."""
         if not isinstance(value, Tensor):
             return value
-        if key == "generator":
-            return value.to("cpu", copy=True)
         if entries["kind"] == FALLBACK:
             return None  # as torch does it
         if "." in key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from optim.layers import Layer, Layers
 
 if TYPE_CHECKING:
     from backpack_ext.site import Site
+
+_numbers = itertools.count()
 
 FISHER = ("empirical", "mc", "exact")
 
@@ -143,7 +146,8 @@ class Statistics(Extension):
         check_samples(owner, mc_samples)
         if loss_terms is not None and not 0 < loss_terms < float("inf"):
             raise ValueError(f"{owner}: loss_terms={loss_terms!r}; expected a number > 0.")
-        super().__init__(f"{owner.lower()}_statistics", "skip", generator)
+        # nothing lands there, but two optimizers in one block need names of their own
+        super().__init__(f"{owner.lower()}_statistics_{next(_numbers)}", "skip", generator)
         self.source, self.layers = source, layers
         self.fisher, self.loss_terms = fisher, loss_terms
         self.rows = FactorRows(approx, dtype)
