@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backpack_ext.normal import OneHot
 from backpack_ext.unit import Unit, stack_inputs
 
 APPROX = ("expand", "reduce")
@@ -56,6 +57,11 @@ class FactorRows:
         some = counts > 0
         totals = a.sum(2)[:, some]
         return totals if unit.normalize == "sum" else totals / counts[some, None]
+
+    def is_one_hot(self, unit: Unit) -> bool:
+        """Whether a layer's inputs are one-hot; nothing is formed that `inputs_of` does not need."""
+        averaged = self.approx == "reduce" and unit.mean_a is not None
+        return not averaged and isinstance(unit.a, OneHot)
 
     def inputs_of(self, units: Sequence[Unit]) -> Tensor:
         """Return the rows ``[(L g),r,i]`` of layers of equal shape that share no positions of others."""

@@ -196,7 +196,7 @@ class KFAC(Extension):
         unit = units[0]
         alone = len(units) == 1 or unit.sites[0].shared or unit.rule.elementwise
         alone = alone or "weight" not in unit.parameters or self.fisher == "forward"
-        if alone or unit.is_one_hot:
+        if alone or self.rows.is_one_hot(unit):
             super().absorb_all(store, units)
             return
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
@@ -218,7 +218,7 @@ class KFAC(Extension):
 
     def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
         """Form A of one layer, and the mean input if the bias is joined."""
-        if unit.is_one_hot:
+        if self.rows.is_one_hot(unit):
             A, rows = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             layer.add_A(A, None, rows)
         else:

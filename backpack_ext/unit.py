@@ -116,11 +116,6 @@ class Unit:
         return self._mean_a
 
     @property
-    def is_one_hot(self) -> bool:
-        """Whether `a` is one-hot inputs."""
-        return self.mean_a is None and isinstance(self.a, OneHot)
-
-    @property
     def _in_sharing(self) -> bool:
         """Whether a call ran in a `sharing` block."""
         for site in self.sites:  # noqa: SIM110 (a generator costs three times as much)

@@ -144,10 +144,14 @@ class Layers:
             )
             self.add(Layer(weight, bias if joined else None, form))
 
-    def of_unit(self, unit: Unit) -> Layer | None:
+    def of_unit(self, unit: Unit, one_hot: bool) -> Layer | None:
         """Return the layer that a backward pass has reached, noting it if it is new.
 
-        None if it has no preconditioner: the weight is frozen or has been refused.
+        None if it has no preconditioner: the weight is frozen, or another optimizer's, or refused.
+
+        Args:
+            unit: What was reached.
+            one_hot: Whether its inputs are one-hot.
         """
         weight = unit.parameters.get("weight")
         if weight is None:
@@ -167,7 +171,7 @@ class Layers:
             unit.parameters["weight"],
             unit.axes("weight"),
             unit.axes("bias") if joined else None,
-            unit.is_one_hot,
+            one_hot,
         )
         bias = held(bias) if joined else None
         if layer is not None and layer.form == form and layer.bias is bias:

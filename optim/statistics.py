@@ -231,7 +231,7 @@ class Statistics(Extension):
         layers = [call.moments.layer for call in calls]
         return (
             len({id(layer) for layer in layers}) == len(layers)
-            and not any(u.sites[0].parts or u.is_one_hot for u in units)
+            and not any(u.sites[0].parts or self.rows.is_one_hot(u) for u in units)
             and all(u.existing is None for u in units)
             and self.source.stackable(layers)
         )
@@ -240,7 +240,7 @@ class Statistics(Extension):
         """Return what is known of a unit's calls; None if they are to be ignored."""
         if unit.rule.elementwise:
             return None
-        layer = self.layers.of_unit(unit)
+        layer = self.layers.of_unit(unit, self.rows.is_one_hot(unit))
         if layer is None:
             return None
         part = unit.part("weight")
@@ -257,7 +257,7 @@ class Statistics(Extension):
 
     def _add_inputs(self, call: _Call, unit: Unit) -> None:
         layer = call.moments.layer
-        if unit.is_one_hot:
+        if self.rows.is_one_hot(unit):
             x, count = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             call.moments.add_A(self._moment(call, "A", x, 1.0), count)
             return
