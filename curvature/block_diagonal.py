@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from curvature.mirrored import EntrywiseMatrix
+from curvature.panels import symmetric_product
 from curvature.structured import Self, at_least, scaled_product, square_sum
 
 
@@ -55,11 +56,11 @@ class DenseMatrix(EntrywiseMatrix):
 
     @classmethod
     def _project_gram(cls: type[Self], S: Tensor, scale: float, **options: int) -> Self:
-        return cls._of([scaled_product(S, S.mT, scale)], S.shape[-2], options)
+        return cls._of([symmetric_product(S, scale)], S.shape[-2], options)
 
     def _gram(self: Self) -> Self:
         (A,) = self.tensors
-        return self._like([A.mT @ A])
+        return self._like([symmetric_product(A.mT)])
 
 
 class DiagonalMatrix(EntrywiseMatrix):

@@ -36,11 +36,12 @@ class Block(nn.Module):
     Args:
         dim: Width of the tokens.
         heads: Number of attention heads.
+        causal: Whether a token sees only itself and those before it.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, causal: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
@@ -54,7 +55,7 @@ class Block(nn.Module):
         """Mix the tokens."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [N, T, 3, heads, dim / heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -67,13 +67,15 @@ class Bucket:
         self.cache: Any = None  # what follows from the matrices, and is made anew when they change
         count = len(self.layers) * form.groups
         like = torch.empty(0, dtype=dtype, device=self.device)
+        # one that others have a part of has to be complete here
+        whole = ["owner" in state and any("." in key for key in state) for state in states]
         for name, slot in self.slots.items():
             matrix = slot.structure.zeros(self.dim(slot.side), (count,), like)
             if slot.identity:
                 matrix.add_identity_()
-            for k, (state, label) in enumerate(zip(states, labels, strict=True)):
+            for k, (state, label, known) in enumerate(zip(states, labels, whole, strict=True)):
                 views = [t[k * form.groups : (k + 1) * form.groups] for t in matrix.tensors]
-                _take_over(state, name, views, label)
+                _take_over(state, name, views, label, known)
             self.matrices[name] = _plain(matrix) if count == 1 else matrix
 
     def dim(self, side: str) -> int:
@@ -144,8 +146,13 @@ def _plain(matrix: StructuredMatrix) -> StructuredMatrix:
     return matrix.like(t.squeeze(0) for t in matrix.tensors)
 
 
-def _take_over(state: dict[str, Any], name: str, views: list[Tensor], label: str) -> None:
-    """Fill views from a state where it has their values, and put them into it."""
+def _take_over(
+    state: dict[str, Any], name: str, views: list[Tensor], label: str, complete: bool
+) -> None:
+    """Fill views from a state where it has their values, and put them into it.
+
+    If it is to be complete it must have them.
+    """
     keys = [f"{name}.{j}" for j in range(len(views))]
     known = [key for key in state if key.startswith(f"{name}.")]
     if known:
@@ -158,7 +165,7 @@ def _take_over(state: dict[str, Any], name: str, views: list[Tensor], label: str
             )
         for key, view in zip(keys, views, strict=True):
             view.copy_(state[key])
-    elif "owner" in state and any("." in key for key in state):
+    elif complete:
         raise ValueError(
             f"The state of parameter {label} has no {name}. Was it saved by another process, with "
             'placement="memory"? Each process saves, and loads, a state of its own then.'

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from backpack_ext import Extension, extend
@@ -109,7 +110,8 @@ class NaturalGradient(CurvatureOptimizer):
         model = params if isinstance(params, nn.Module) else None
         super().__init__(model.named_parameters() if model is not None else params, defaults)
         if model is not None:
-            if not is_extended(model):
+            wrapped = model.module if isinstance(model, DistributedDataParallel) else model
+            if not (is_extended(model) or is_extended(wrapped)):
                 warnings.warn(
                     f"{name}: the model was not extended; it is now, by backpack_ext.extend(model). "
                     "Extend the loss as well.",

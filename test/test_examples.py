@@ -1,5 +1,6 @@
 """The examples run as a user would run them, and print what they promise."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,3 +106,30 @@ def test_kernel_regime(tmp_path: Path):
     assert [row[:2] for row in rows] == [[p, w] for p in ("standard", "ntk") for w in ("32", "128")]
     assert "none satisfies the condition C' <= 1" in out
     assert (tmp_path / "kernel_regime_mlp.png").stat().st_size > 10_000
+
+
+def test_training_comparison(tmp_path: Path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    names = ["AdamW", "SINGD diagonal", "KFAC"]
+    what = ["--tasks", "graph", "--optimizers", *names, "--steps", "4", "--out", str(tmp_path)]
+    search = ["search", *what, "--trials", "2", "--processes", "1"]
+    compare = ["compare", *what, "--seeds", "2"]
+    script = "from examples.training.__main__ import main"
+    script += "".join(f"; print('---'); main({command})" for command in (search, compare, compare))
+    searched, compared, again = run("-c", script).split("---\n")[1:]
+
+    assert [line[7:25].strip() for line in searched.splitlines()[1:]] == names
+    found = json.loads((tmp_path / "found.json").read_text())["graph"]
+    for name in names:
+        assert found[name]["trials"] == 2 and len(found[name]["config"]) == 5
+
+    for dtype in ("float32", "bfloat16"):
+        assert f"Graph network on molecules, {dtype}, 4 steps, 2 seeds" in compared
+    rows = [line for line in compared.splitlines() if line.startswith(tuple(names))]
+    assert len(rows) == 2 * len(names)
+    assert (tmp_path / "tables.rst").read_text() in compared
+    assert (tmp_path / "graph_4.png").stat().st_size > 10_000
+    assert again.startswith("comparison: all runs are there")
+    assert again.split("Smallest")[1] == compared.split("Smallest")[1]
