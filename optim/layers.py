@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from backpack_ext.normal import OneHot
 from backpack_ext.rules import Rule, find_rule
 from backpack_ext.rules.affine import EmbeddingRule
 from backpack_ext.shards import held
@@ -168,7 +167,7 @@ class Layers:
             unit.parameters["weight"],
             unit.axes("weight"),
             unit.axes("bias") if joined else None,
-            isinstance(unit.a, OneHot),
+            unit.is_one_hot,
         )
         bias = held(bias) if joined else None
         if layer is not None and layer.form == form and layer.bias is bias:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from backpack_ext import Extension, UnsupportedError
 from backpack_ext.extension import Vectors, check_samples
 from backpack_ext.factor_rows import APPROX, FactorRows
-from backpack_ext.normal import OneHot
-from backpack_ext.unit import Unit, stack_inputs, stack_vectors
+from backpack_ext.unit import Unit, stack_vectors
 from curvature import StructuredMatrix
 from optim.layers import Layer, Layers
 
@@ -217,7 +216,7 @@ class Statistics(Extension):
             call.moments.add_B(B)
         new = [(call, u) for call, u in zip(calls, units, strict=True) if call.is_new(u)]
         if new:
-            a = self.rows.inputs(stack_inputs([u for _, u in new]))
+            a = self.rows.inputs_of([u for _, u in new])
             x = self._joined(new[0][0].moments.layer, a, unit)
             layers = [call.moments.layer for call, _ in new]
             found = self.source.moments(layers, "A", x, 1 / x.shape[1])
@@ -228,7 +227,7 @@ class Statistics(Extension):
         layers = [call.moments.layer for call in calls]
         return (
             len({id(layer) for layer in layers}) == len(layers)
-            and not any(u.sites[0].parts or isinstance(u.a, OneHot) for u in units)
+            and not any(u.sites[0].parts or u.is_one_hot for u in units)
             and all(u.existing is None for u in units)
             and self.source.stackable(layers)
         )
@@ -254,11 +253,11 @@ class Statistics(Extension):
 
     def _add_inputs(self, call: _Call, unit: Unit) -> None:
         layer = call.moments.layer
-        if isinstance(unit.a, OneHot):
+        if unit.is_one_hot:
             x, count = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             call.moments.add_A(self._moment(call, "A", x, 1.0), count)
             return
-        x = self._joined(layer, self.rows.inputs(unit.a, unit), unit)
+        x = self._joined(layer, self.rows.inputs_of([unit]), unit)
         call.moments.add_A(self._moment(call, "A", x, 1 / max(1, x.shape[1])), x.shape[1])
 
     def _joined(self, layer: Layer, a: Tensor, unit: Unit) -> Tensor:
