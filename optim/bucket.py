@@ -69,6 +69,9 @@ class Bucket:
         like = torch.empty(0, dtype=dtype, device=self.device)
         # one that others have a part of has to be complete here
         whole = ["owner" in state and any("." in key for key in state) for state in states]
+        for state in states:  # what others are to keep, or options ask for no more
+            for key in [key for key in state if "." in key and key.partition(".")[0] not in self.slots]:
+                del state[key]
         for name, slot in self.slots.items():
             matrix = slot.structure.zeros(self.dim(slot.side), (count,), like)
             if slot.identity:

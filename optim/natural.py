@@ -245,15 +245,17 @@ class NaturalGradient(CurvatureOptimizer):
                 "inside `with backpack(*opt.extensions()):`."
             )
         moments = self.statistics.take()
-        if self._lost and not still:
-            self._find_lost(present)
-        found = {m.layer: m for m in moments} if due else {}
+        found = {m.layer: m for m in moments}
         finite = self._finite(present, moments)
         if self._placement.size > 1 and not still:
-            finite = self._agree(found, finite, due)
+            finite = self._agree(found, finite, due or bool(self._lost))
         if not finite:
             self._tick(skipped=self.skipped + 1)
             return loss
+        if self._lost and not still:
+            self._find_lost(present)
+        if not due:
+            found = {}
         self._activate(found)
         self._activate(filter(None, map(self._layers.owner, present)))
         if found:
@@ -282,14 +284,14 @@ class NaturalGradient(CurvatureOptimizer):
     # ------------------------------------------------------------------ several processes
 
     def _agree(self, found: dict[Layer, Moments], finite: bool, due: bool) -> bool:
-        """Return whether all is finite in all processes, and note layers that only others have reached.
+        """Return whether all is finite in all processes, and note what others have reached or refused.
 
         Gradients are the same in all processes, unless parameters are sharded.
 
         Args:
             found: What was gathered here; layers that others have reached are added, without moments.
             finite: Whether all is finite here.
-            due: Whether there is something to be gathered.
+            due: Whether something was to be gathered.
 
         Raises:
             ValueError: If processes read a weight in different ways.
@@ -304,12 +306,17 @@ class NaturalGradient(CurvatureOptimizer):
             (numbers[layer.weight], None if layer.bias is None else numbers[layer.bias], layer.form)
             for layer in found
         ]
-        answers = self._placement.gather((finite, known))
-        if not all(flag for flag, _ in answers):
+        refused = [numbers[p] for p in self._layers.refused]
+        answers = self._placement.gather((finite, refused, known))
+        for number in {k for _, several, _ in answers for k in several}:
+            self._layers.refuse(params[number])
+        if not all(flag for flag, _, _ in answers):
             return False
         reached: dict[int, tuple] = {}
-        for _, entries in answers:
+        for _, _, entries in answers:
             for entry in entries:
+                if params[entry[0]] in self._layers.refused:
+                    continue
                 if reached.setdefault(entry[0], entry) != entry:
                     raise ValueError(
                         f"{type(self).__name__}: processes read the weight of parameter "
@@ -583,6 +590,8 @@ class NaturalGradient(CurvatureOptimizer):
             bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names, owner)
             for layer, state in zip(layers, states, strict=True):
                 state["kind"] = WEIGHT
+                if self._placement.size == 1:
+                    state.pop("owner", None)  # of a state that several processes saved
                 self._buckets[layer] = bucket
         self._version = self._layers.version
 
@@ -774,6 +783,12 @@ class NaturalGradient(CurvatureOptimizer):
             names = {key.partition(".")[0] for key in state if "." in key}
             kind, owner = state.get("kind"), state.get("owner", self._placement.rank)
             fits = bool(names) == (kind == WEIGHT) or not self._placement.keeps(owner)
+            if not fits and kind == WEIGHT and "owner" in state:
+                raise ValueError(
+                    f"{name}: the state of parameter {index} has no factors. Was it saved by another "
+                    'process, with placement="memory"? Each process saves, and loads, a state of its '
+                    "own then."
+                )
             if kind is None or not fits:
                 raise ValueError(
                     f"{name}: the state of parameter {index} has entries {sorted(state)}, which do not "

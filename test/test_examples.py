@@ -112,7 +112,7 @@ def test_training_comparison(tmp_path: Path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    names = ["AdamW", "SINGD diagonal", "KFAC"]
+    names = ["AdamW", "SINGD diagonal", "RF-AdamW"]
     what = ["--tasks", "graph", "--optimizers", *names, "--steps", "4", "--out", str(tmp_path)]
     search = ["search", *what, "--trials", "2", "--processes", "1"]
     compare = ["compare", *what, "--seeds", "2"]

@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Generator, Tensor, nn
+from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.functional import cross_entropy
 
 from optim import rootfree
@@ -332,6 +335,7 @@ def test_products_are_kept_between_refreshes():
     opt = shampoo(params, "dense", interval=2)
     run(opt, params, make_grads(params, 1))
     first = opt._matrices[p].products
+    assert first is not None
     run(opt, params, make_grads(params, 1))
     assert opt._matrices[p].products is first
     run(opt, params, make_grads(params, 1))
@@ -449,6 +453,33 @@ def test_parameters_without_gradient_are_left_alone(make):
     assert list(opt.state) == [p]
     opt.zero_grad()
     opt.step()  # nothing to do
+
+
+@every
+def test_autocast_and_scaler(make):
+    """Neither a step inside of autocast nor a scaled loss changes what a step does."""
+    x, y = torch.randn(8, 4).float(), torch.randint(3, (8,))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).float()
+    other = copy.deepcopy(model)
+    opt, again = make(model), make(other)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for k in range(4):
+        opt.zero_grad()
+        cross_entropy(model(x), y).backward()
+        opt.step()
+        again.zero_grad()
+        loss = cross_entropy(other(x), y) * (math.inf if k == 2 else 1.0)
+        scaler.scale(loss).backward()
+        if k == 2:  # skipped by the scaler
+            scaler.step(again)
+            again.zero_grad()
+            scaler.update(1024.0)
+            scaler.scale(cross_entropy(other(x), y)).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            scaler.step(again)
+        scaler.update()
+    assert again.skipped == 0
+    assert_equal(list(model.parameters()), list(other.parameters()))
 
 
 def by_torch(state: dict) -> dict:
@@ -732,6 +763,44 @@ def test_loading_into_an_optimizer_in_use():
     run(other, others, data[2:])
     assert_equal(params, others)
     assert opt.factors(params[0])["K1"].name == other.factors(others[0])["K1"].name == "dense"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_state_written_by_hand_counts(in_place):
+    params = make_params([(4, 3)])
+    (p,) = params
+    opt = shampoo(params, "dense", interval=9, mu=0.0, wd=0.0)
+    run(opt, params, make_grads(params, 2))
+    before, g, K = p.detach().clone(), torch.randn(4, 3), torch.randn(4, 4)
+    if in_place:
+        opt.state[p]["K0.0"].copy_(K)
+    else:
+        opt.state[p]["K0.0"] = K
+    run(opt, params, [[g]])
+    K1 = opt.factors(p)["K1"].to_dense()
+    assert_close([p], [before - 0.05 * K @ K.T @ g @ K1 @ K1.T])
+
+
+def test_distributed_tensors():
+    """Elementwise optimizers take them, whole matrices are none."""
+    data = make_grads(make_params([(4, 3), (2,)]), 3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name in ("rmsprop", "adamw"):
+            params = make_params([(4, 3), (2,)])
+            others = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh)) for p in params]
+            opt, other = MAKE[name](params), MAKE[name](others)
+            run(opt, params, data)
+            split = [[distribute_tensor(g, mesh) for g in grads] for grads in data]
+            run(other, others, split)
+            run(other, others, [[g / 0 for g in grads] for grads in split[:1]])
+            assert other.skipped == 1
+            assert_equal(params, [p.full_tensor() for p in others])
+        with pytest.raises(TypeError, match="got a distributed tensor"):
+            MAKE["shampoo"](others)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_momentum_switched_on_later():

@@ -12,14 +12,13 @@ from math import cos, exp, log, pi
 from random import Random
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-import optim
 from backpack_ext import extend
 from examples.training.tasks import Task
 from optim import IKFAC, INGD, KFAC, SINGD
+from optim.rootfree import RFAdamW, RFRMSProp, RFShampoo
 
 Config = dict[str, Any]
 Make = Callable[[nn.Module, Config, "Task"], Optimizer]
@@ -103,16 +102,12 @@ NATURAL = {"interval": interval, "fallback_lr": 3e-3}
 
 
 def natural(cls: type[Optimizer], **fixed: Any) -> Make:
-    """Return how to make an optimizer with Kronecker factors, of the network's own data type.
-
-    Layers are checked in float32 only: torch adds up a LayerNorm's bfloat16 gradients with errors of a
-    sixth and more, which the check would take for a layer that it does not know.
-    """
+    """Return how to make an optimizer with Kronecker factors, of the network's own data type."""
 
     def make(model: nn.Module, config: Config, task: Task) -> Optimizer:
         dtype = next(model.parameters()).dtype
         options = {"approx": task.approx, "factor_dtype": dtype} | NATURAL | fixed | config
-        return cls(extend(model, check_layers=dtype == torch.float32), **options)
+        return cls(extend(model), **options)
 
     return make
 
@@ -126,16 +121,18 @@ def plain(cls: type[Optimizer], **fixed: Any) -> Make:
     return make
 
 
-def root_free(cls: str, **fixed: Any) -> Make:
+def root_free(cls: type[Optimizer], **fixed: Any) -> Make:
     """Return how to make an optimizer that has to know the number of terms of the mean loss."""
 
     def make(model: nn.Module, config: Config, task: Task) -> Optimizer:
-        return getattr(optim, cls)(model.parameters(), batch_size=task.terms, **(fixed | config))
+        return cls(model.parameters(), batch_size=task.terms, **(fixed | config))
 
     return make
 
 
 LR = Log(1e-3, 1e-1)
+# their second moments start at 1/B, so that they begin as SGD does
+LR_ROOT_FREE = Log(3e-3, 3e-1)
 DAMPING = Log(1e-4, 1e-1)
 BETAS = One(tuple((b1, b2) for b1 in (0.8, 0.9, 0.95) for b2 in (0.95, 0.99, 0.999)))
 COMMON = {"weight_decay": Log(1e-5, 1e-2), "schedule": One(tuple(SCHEDULES))}
@@ -174,11 +171,11 @@ OPTIMIZERS = {
         {"lr": LR, "damping": DAMPING, "decay": One((0.5, 0.8, 0.9, 0.95))} | COMMON,
     ),
     "RF-RMSProp": Entry(
-        root_free("RFRMSProp", momentum=0.9),
-        {"lr": LR, "alpha": One((0.9, 0.95, 0.99, 0.999)), "damping": DAMPING} | COMMON,
+        root_free(RFRMSProp, momentum=0.9),
+        {"lr": LR_ROOT_FREE, "alpha": One((0.8, 0.9, 0.95, 0.99)), "damping": DAMPING} | COMMON,
     ),
     "RF-AdamW": Entry(
-        root_free("RFAdamW"), {"lr": LR, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
+        root_free(RFAdamW), {"lr": LR_ROOT_FREE, "betas": BETAS, "eps": Log(1e-5, 1e-1)} | DECOUPLED
     ),
-    "RF-Shampoo": Entry(root_free("RFShampoo", interval=interval), INVERSE_FREE),
+    "RF-Shampoo": Entry(root_free(RFShampoo, interval=interval), INVERSE_FREE),
 }

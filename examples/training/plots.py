@@ -66,8 +66,9 @@ def draw(
                     axis.semilogy(x, means[2], label=name, **{"linewidth": 1.2} | lines[name])
             row[0].set(xlabel="steps", ylabel="validation loss", title=f"{TASKS[task].title}, {dtype}")
             row[1].set(xlabel="seconds", title="the same against time")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+        shown = {line.get_label(): line for axis in axes[::-1, 0] for line in axis.get_lines()}
+        handles = [shown[name] for name in OPTIMIZERS if name in shown]
+        figure.legend(handles=handles, loc="outside right upper", fontsize=7)
         suffix = "" if steps == TASKS[task].steps else f"_{steps}"
         path = out / f"{task}{suffix}.png"
         figure.savefig(path)
