@@ -15,6 +15,7 @@ from optim.inverses import INVERTIBLE, damped_inverse, eigenbasis, pi_ratio
 from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
+from optim.sharded import is_sharded, whole
 from optim.structure import DIAGONAL, Structure
 from optim.updates import projected_moment
 
@@ -124,7 +125,8 @@ class KFAC(NaturalGradient):
         }
         super().__init__(model_or_params, defaults, interval=interval, **shared)
 
-    def _slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+    def slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+        """Return A and B, and what their inverses need."""
         slots = {}
         for side, structure in zip("AB", structures, strict=True):
             slots[side] = Slot(side, structure)
@@ -208,7 +210,7 @@ class KFAC(NaturalGradient):
             return
         buckets = list(found)
         terms = [
-            float(self._group_of[p]["lr"]) ** 2 * torch.vdot(n.flatten(), p.grad.to(n.dtype).flatten())
+            float(self._buckets.group_of[p]["lr"]) ** 2 * _dot(n, p.grad.to(n.dtype))
             for directions in buckets
             for p, n in directions
         ]
@@ -230,3 +232,8 @@ class KFAC(NaturalGradient):
             raise ValueError("KFAC: damping=0; expected a number > 0, as factors may be singular.")
         if group["inverse"] not in INVERSES:
             raise ValueError(f"KFAC: inverse={group['inverse']!r}; expected one of {INVERSES}.")
+
+
+def _dot(n: Tensor, g: Tensor) -> Tensor:
+    """Return the inner product of two tensors of one shape."""
+    return whole((n * g).sum()) if is_sharded(n) else torch.vdot(n.flatten(), g.flatten())
