@@ -238,8 +238,8 @@ class NaturalGradient(CurvatureOptimizer):
                     "gradient; expected a dense, real one."
                 )
         still = self._stands_still(present)
-        due = self._due()
-        if (due or self._lost) and not self.statistics.ran and not still:
+        due, ran = self._due(), self.statistics.ran
+        if (due or self._lost) and not ran and not still:
             raise RuntimeError(
                 f"{type(self).__name__}.step: new statistics are due, but no backward pass has gathered "
                 "them. Run forward and backward pass of the extended model, with an extended loss, "
@@ -259,7 +259,7 @@ class NaturalGradient(CurvatureOptimizer):
             found = {}
         self._buckets.activate(found)
         self._buckets.activate(filter(None, map(self._layers.owner, present)))
-        if found:
+        if due and ran:  # maybe for no layer: all may be the fallback's
             self._refresh_all(found)
         self._update(present)
         if not still:

@@ -124,9 +124,6 @@ class Statistics(Extension):
         ValueError: If an option is none of those listed.
     """
 
-    # one for all data, as for KFAC: only exact vectors have to be those of single data
-    needs_independent_samples = False
-
     def __init__(
         self,
         owner: str,
@@ -151,6 +148,7 @@ class Statistics(Extension):
         self.fisher, self.loss_terms = fisher, loss_terms
         self.rows = FactorRows(approx, dtype)
         self.vectors = Vectors("gradient" if fisher == "empirical" else fisher, mc_samples)
+        # one column for all data mixes them where a layer couples them; independent samples do not
         self.needs_independent_samples = fisher == "exact"
         self.max_columns = 1000
         self.ran = False  # whether a pass ended since the last `take` or `forget`
