@@ -408,8 +408,13 @@ class NaturalGradient(CurvatureOptimizer):
         received: dict[int, list[Tensor]] = {}
         if not self._placement.keeps(None):
             for bucket, _ in buckets:
-                own = bucket.owner == self._placement.rank
-                N = self._preconditioned(bucket) if own else bucket.empty()
+                if bucket.owner == self._placement.rank:
+                    N = self._preconditioned(bucket)
+                else:
+                    N = bucket.empty()
+                    for p in (p for layer in bucket.layers for p in layer.parameters):
+                        if is_sharded(p):
+                            self._grad(p)  # its owner needs our part
                 received.setdefault(bucket.owner, []).append(N.contiguous())
             self._placement.broadcast(received)
         for bucket, found in buckets:
