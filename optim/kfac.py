@@ -14,6 +14,7 @@ from optim.inverses import INVERTIBLE, damped_inverse, eigenbasis, pi_ratio
 from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
+from optim.sharded import inner, local
 from optim.structure import DIAGONAL, Structure
 from optim.updates import projected_moment
 
@@ -201,7 +202,7 @@ class KFAC(NaturalGradient):
             return
         buckets = list(found)
         terms = [
-            float(self._group_of[p]["lr"]) ** 2 * torch.vdot(n.flatten(), p.grad.to(n.dtype).flatten())
+            float(self._group_of[p]["lr"]) ** 2 * inner(n, p.grad.to(n.dtype))
             for directions in buckets
             for p, n in directions
         ]
@@ -210,7 +211,7 @@ class KFAC(NaturalGradient):
             factor = (self.kl_clip / total).sqrt().clamp(max=1)
             for directions in buckets:
                 for _, n in directions:
-                    n.mul_(factor.to(n.dtype))
+                    local(n).mul_(factor.to(n.dtype))
         yield from buckets
 
     def _check_group(self, group: dict) -> None:
