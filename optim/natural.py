@@ -744,7 +744,8 @@ class NaturalGradient(CurvatureOptimizer):
         state = super().state_dict()
         if self.statistics.vectors.kind == "mc" and 0 in state["state"]:
             generator = self.statistics.state_dict(self._device)
-            state["state"][0] = {**state["state"][0], **generator}
+            rank = {"generator_rank": self._placement.rank}
+            state["state"][0] = {**state["state"][0], **generator, **rank}
         return state
 
     @property
@@ -760,9 +761,14 @@ class NaturalGradient(CurvatureOptimizer):
         self._check_saved(state_dict)
         with exact_loading(self, self._loaded):
             super().load_state_dict(state_dict)
-        generator = self.state[self.param_groups[0]["params"][0]].pop("generator", None)
+        first = self.state[self.param_groups[0]["params"][0]]
+        generator, rank = first.pop("generator", None), first.pop("generator_rank", 0)
         if generator is not None:
             self.statistics.load_state_dict({"generator": generator}, self._device)
+            if rank != self._placement.rank:  # all have loaded one state, and are to draw differently
+                generator = self.statistics.generator(self._device)
+                seed = int(torch.randint(2**62, (), generator=generator, device=self._device))
+                generator.manual_seed(seed + self._placement.rank)
         self.statistics.forget()
         self._active.clear()
         self._version = -1
