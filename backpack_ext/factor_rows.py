@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from backpack_ext.unit import Unit
+from backpack_ext.normal import OneHot
+from backpack_ext.unit import Unit, stack_inputs
 
 APPROX = ("expand", "reduce")
 
@@ -55,6 +57,20 @@ class FactorRows:
         some = counts > 0
         totals = a.sum(2)[:, some]
         return totals if unit.normalize == "sum" else totals / counts[some, None]
+
+    def is_one_hot(self, unit: Unit) -> bool:
+        """Whether a layer's inputs are one-hot; nothing is formed that `inputs_of` does not need."""
+        averaged = self.approx == "reduce" and unit.mean_a is not None
+        return not averaged and isinstance(unit.a, OneHot)
+
+    def inputs_of(self, units: Sequence[Unit]) -> Tensor:
+        """Return the rows ``[(L g),r,i]`` of layers of equal shape that share no positions of others."""
+        if self.approx == "reduce" and all(u.mean_a is not None for u in units):
+            means = [self.cast(u.mean_a) for u in units]
+            return means[0] if len(means) == 1 else torch.cat(means)
+        if len(units) == 1:
+            return self.inputs(units[0].a, units[0])
+        return self.inputs(stack_inputs(units))
 
     def vectors(self, b: Tensor, divisors: Tensor | None = None) -> Tensor:
         """Return the rows that B sums over, ``[g,r,o]``; ``divisors[n]`` turn sums into means."""

@@ -13,10 +13,10 @@ from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.factor_rows import APPROX, FactorRows
 from backpack_ext.groups import Groups
-from backpack_ext.normal import OneHot, gram
+from backpack_ext.normal import gram
 from backpack_ext.share import Part, Share
 from backpack_ext.site import Site
-from backpack_ext.unit import Unit, stack_inputs, stack_vectors
+from backpack_ext.unit import Unit, stack_vectors
 from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum
 
 FISHER = ("exact", "mc", "empirical", "forward")
@@ -196,7 +196,7 @@ class KFAC(Extension):
         unit = units[0]
         alone = len(units) == 1 or unit.sites[0].shared or unit.rule.elementwise
         alone = alone or "weight" not in unit.parameters or self.fisher == "forward"
-        if alone or isinstance(unit.a, OneHot):
+        if alone or self.rows.is_one_hot(unit):
             super().absorb_all(store, units)
             return
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
@@ -207,7 +207,7 @@ class KFAC(Extension):
             layer.add_B(part)
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
         if new:
-            a = self.rows.inputs(stack_inputs([u for _, u in new]))
+            a = self.rows.inputs_of([u for _, u in new])
             A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
             last = self._last_row(a, unit)
             last = [None] * len(A) if last is None else last.split(groups)
@@ -218,11 +218,11 @@ class KFAC(Extension):
 
     def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
         """Form A of one layer, and the mean input if the bias is joined."""
-        if isinstance(unit.a, OneHot):
+        if self.rows.is_one_hot(unit):
             A, rows = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             layer.add_A(A, None, rows)
         else:
-            a = self.rows.inputs(unit.a, unit)
+            a = self.rows.inputs_of([unit])
             A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
             layer.add_A(A, self._last_row(a, unit), a.shape[1])
         layer.normalize = self.rows.normalize(unit)

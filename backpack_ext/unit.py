@@ -30,8 +30,8 @@ class Unit:
     """
 
     __slots__ = (
-        "_G", "_a", "_b", "_existing", "cotangents", "keeps_grads", "parameters", "rule", "scale",
-        "sites",
+        "_G", "_a", "_b", "_existing", "_mean_a", "cotangents", "keeps_grads", "parameters", "rule",
+        "scale", "sites",
     )  # fmt: skip
 
     def __init__(
@@ -41,7 +41,7 @@ class Unit:
         site = sites[0]
         # trainable parameters by role
         self.parameters = site.parameters if rule is site.rule else rule.parameters(site.module)
-        self._a = self._b = self._existing = self._G = None
+        self._a = self._b = self._existing = self._G = self._mean_a = None
         # whether several extensions will ask for `weight_grads`
         self.keeps_grads = False
 
@@ -104,6 +104,18 @@ class Unit:
         return self._a
 
     @property
+    def mean_a(self) -> Tensor | None:
+        """Inputs averaged over positions, ``[g,n,i]``, where that is known without `a`; else None."""
+        if self._mean_a is None and self._a is None and len(self.sites) == 1 and not self._in_sharing:
+            site = self.sites[0]
+            means = _rule(site, self.rule).mean_inputs(site)
+            if means is not None:
+                dtype = self.dtype if self.cotangents else means.dtype
+                means = _with_group(means, 3).to(torch.promote_types(means.dtype, dtype))
+                self._mean_a = means.squeeze(2) if means.shape[2] == 1 else means.mean(2)
+        return self._mean_a
+
+    @property
     def _in_sharing(self) -> bool:
         """Whether a call ran in a `sharing` block."""
         for site in self.sites:  # noqa: SIM110 (a generator costs three times as much)
@@ -120,6 +132,8 @@ class Unit:
     @property
     def positions(self) -> int:
         """Number of shared positions S."""
+        if self._a is None and self._mean_a is not None and self.cotangents:
+            return self.b.shape[3]
         return self.a.shape[1] if isinstance(self.a, OneHot) else self.a.shape[2]
 
     @property

@@ -14,6 +14,7 @@ import torch
 from benchmarks import report
 from benchmarks.__main__ import RESULTS, _threads
 from benchmarks.timing import Variant, interleave, summary
+from curvature.outer import outer
 from curvature.structured import StructuredMatrix
 from curvature.structures import STRUCTURES
 
@@ -24,13 +25,17 @@ OPTIONS = {
     "rank-k-upper": {"k": 16},
 }
 COLUMNS = 256  # of X, and of S
-# What is timed, by name: each takes a structured matrix A, X[d, n] and S[d, r].
-OPERATIONS: dict[str, Callable[[StructuredMatrix, torch.Tensor, torch.Tensor], Any]] = {
+# What is timed, by name: each takes a structured matrix A (or A A^T), X[d, n] and S[d, r].
+OPERATIONS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Any]] = {
     "A @ B": lambda A, X, S: A @ A,
     "A @ X": lambda A, X, S: A @ X,
     "P(S S^T)": lambda A, X, S: A.project_gram(S, 0.5, **A.options),
     "P(A^T A)": lambda A, X, S: A.gram(),
+    "(A A^T) X": lambda N, X, S: N.matmul(X),
+    "X^T (A A^T)": lambda N, X, S: N.rmatmul(X.mT),
 }
+# Operations on A A^T, which is held; forming it is not timed.
+HELD = ("(A A^T) X", "X^T (A A^T)")
 # Seconds per dimension and operation, and the smallest and largest number of rounds.
 LENGTHS = {"quick": (0.2, (2, 5)), "default": (5.0, (7, 100))}
 # Short operations are repeated until a step takes this long: the clock and the loop cost time too.
@@ -102,7 +107,8 @@ def measure(d: int, length: str, device: str) -> dict:
     rows = {key: {"name": key, "bytes": sum(t.nbytes for t in A.tensors)} for key, A in matrices.items()}
     rounds, spread = {}, {}
     for name, operation in OPERATIONS.items():
-        steps = {key: _bind(operation, A, X, S) for key, A in matrices.items()}
+        operands = {key: outer(A) for key, A in matrices.items()} if name in HELD else matrices
+        steps = {key: _bind(operation, A, X, S) for key, A in operands.items()}
         if name == "A @ X":
             steps["floor"] = _bind(_toeplitz_floor, matrices["diagonal"], X, S)
         times = _time(steps, length, device)

@@ -48,7 +48,7 @@ class DenseMatrix(EntrywiseMatrix):
         return X @ (A.mT if transpose else A)
 
     def _compose(self: Self, other: Self) -> Self:
-        return self._like([self.tensors[0] @ other.tensors[0]])
+        return self.like([self.tensors[0] @ other.tensors[0]])
 
     @classmethod
     def _project(cls: type[Self], M: Tensor, **options: int) -> Self:
@@ -60,7 +60,7 @@ class DenseMatrix(EntrywiseMatrix):
 
     def _gram(self: Self) -> Self:
         (A,) = self.tensors
-        return self._like([symmetric_product(A.mT)])
+        return self.like([symmetric_product(A.mT)])
 
 
 class DiagonalMatrix(EntrywiseMatrix):
@@ -99,7 +99,7 @@ class DiagonalMatrix(EntrywiseMatrix):
         return X * self.tensors[0].unsqueeze(-2)
 
     def _compose(self: Self, other: Self) -> Self:
-        return self._like([self.tensors[0] * other.tensors[0]])
+        return self.like([self.tensors[0] * other.tensors[0]])
 
     @classmethod
     def _project(cls: type[Self], M: Tensor, **options: int) -> Self:
@@ -110,7 +110,7 @@ class DiagonalMatrix(EntrywiseMatrix):
         return cls._of([square_sum(S, -1).mul_(scale).to(S.dtype)], S.shape[-2], options)
 
     def _gram(self: Self) -> Self:
-        return self._like([self.tensors[0].square()])
+        return self.like([self.tensors[0].square()])
 
 
 class BlockDiagonalMatrix(EntrywiseMatrix):
@@ -183,7 +183,7 @@ class BlockDiagonalMatrix(EntrywiseMatrix):
         return torch.cat([main, parts[1]], -2) if parts[1].shape[-2] else main
 
     def _compose(self: Self, other: Self) -> Self:
-        return self._like(A @ B for A, B in zip(self.tensors, other.tensors, strict=True))
+        return self.like(A @ B for A, B in zip(self.tensors, other.tensors, strict=True))
 
     @classmethod
     def _project(cls: type[Self], M: Tensor, **options: int) -> Self:
@@ -195,4 +195,4 @@ class BlockDiagonalMatrix(EntrywiseMatrix):
         return cls._of(tensors, S.shape[-2], options)
 
     def _gram(self: Self) -> Self:
-        return self._like(A.mT @ A for A in self.tensors)
+        return self.like(A.mT @ A for A in self.tensors)

@@ -81,7 +81,7 @@ class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
         add_product_(top[..., a:], T[..., b:], V)
         bottom = U[..., m:] @ V
         bottom[..., :m] += U[..., :m] * eps.unsqueeze(-2)
-        return self._like((top, bottom, delta * eps))
+        return self.like((top, bottom, delta * eps))
 
     @classmethod
     def _project_gram(cls, S: Tensor, scale: float, **options: int) -> _Hierarchical:
@@ -100,13 +100,13 @@ class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
         if outer:  # rows of H with rows of H
             top = torch.cat([T @ T.mT, B1 * delta.unsqueeze(-2), T[..., a:] @ U.mT], -1)
             bottom = torch.cat([D * delta.unsqueeze(-2), U @ U.mT], -1)
-            return self._like((top, bottom, delta.square()))
+            return self.like((top, bottom, delta.square()))
         # columns with columns: those of A meet T only, those of B2 and E meet T and U
         wide = [t.to(accumulator(t.dtype)).square() for t in (B1, D, delta)]
         middle = (wide[0].sum(-2) + wide[1].sum(-2) + wide[2]).to(delta.dtype)
         bottom = B2.mT @ T[..., a:]
         add_product_(bottom, E.mT, U)
-        return self._like((A.mT @ T, bottom, middle))
+        return self.like((A.mT @ T, bottom, middle))
 
     def _double_unpaired(self) -> _Hierarchical:
         T, U, delta = self.tensors

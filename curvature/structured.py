@@ -220,7 +220,7 @@ class StructuredMatrix(ABC):
                     f"{cls.__name__}.stack: expected equal batch shapes, got "
                     f"{tuple(first.batch_shape)} and {tuple(other.batch_shape)}."
                 )
-        return first._like(torch.stack(ts) for ts in zip(*(m.tensors for m in matrices), strict=True))
+        return first.like(torch.stack(ts) for ts in zip(*(m.tensors for m in matrices), strict=True))
 
     def unstack(self: Self) -> list[Self]:
         """Split along the first batch axis; the parts share memory with this matrix.
@@ -230,7 +230,7 @@ class StructuredMatrix(ABC):
         """
         if not self.batch_shape:
             raise ValueError(f"{self!r}.unstack: expected a batch axis, there is none.")
-        return [self._like(ts) for ts in zip(*(t.unbind(0) for t in self.tensors), strict=True)]
+        return [self.like(ts) for ts in zip(*(t.unbind(0) for t in self.tensors), strict=True)]
 
     # ------------------------------------------------------------------ products
 
@@ -298,24 +298,24 @@ class StructuredMatrix(ABC):
             return NotImplemented
         self._check_same(other, "+")
         self._check_batch(other.batch_shape, "+")
-        return self._like(t + u for t, u in zip(self.tensors, other.tensors, strict=True))
+        return self.like(t + u for t, u in zip(self.tensors, other.tensors, strict=True))
 
     def __sub__(self: Self, other: Any) -> Self:
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
         self._check_same(other, "-")
         self._check_batch(other.batch_shape, "-")
-        return self._like(t - u for t, u in zip(self.tensors, other.tensors, strict=True))
+        return self.like(t - u for t, u in zip(self.tensors, other.tensors, strict=True))
 
     def __neg__(self: Self) -> Self:
-        return self._like(-t for t in self.tensors)
+        return self.like(-t for t in self.tensors)
 
     def __mul__(self: Self, factor: Any) -> Self:
         """Scale by a number, or by a tensor of the batch shape; the data type stays."""
         if not isinstance(factor, int | float | Tensor):
             return NotImplemented
         factors = self._factors(factor, "*")
-        return self._like((t * f).to(t.dtype) for t, f in zip(self.tensors, factors, strict=True))
+        return self.like((t * f).to(t.dtype) for t, f in zip(self.tensors, factors, strict=True))
 
     __rmul__ = __mul__
 
@@ -323,7 +323,7 @@ class StructuredMatrix(ABC):
         if not isinstance(factor, int | float | Tensor):
             return NotImplemented
         factors = self._factors(factor, "/")
-        return self._like((t / f).to(t.dtype) for t, f in zip(self.tensors, factors, strict=True))
+        return self.like((t / f).to(t.dtype) for t, f in zip(self.tensors, factors, strict=True))
 
     def add_(self: Self, other: StructuredMatrix, alpha: float | Tensor = 1.0) -> Self:
         """Add ``alpha other`` in place; ``alpha`` is a number or a tensor of the batch shape.
@@ -363,11 +363,11 @@ class StructuredMatrix(ABC):
 
     def clone(self: Self) -> Self:
         """Return a copy."""
-        return self._like(t.clone() for t in self.tensors)
+        return self.like(t.clone() for t in self.tensors)
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """Convert data type or device, with the arguments of `torch.Tensor.to`."""
-        moved = self._like(t.to(*args, **kwargs) for t in self.tensors)
+        moved = self.like(t.to(*args, **kwargs) for t in self.tensors)
         if not moved.tensors[0].is_floating_point():
             raise TypeError(f"{self!r}.to: expected a real floating-point type, got {moved.dtype}.")
         return moved
@@ -386,7 +386,7 @@ class StructuredMatrix(ABC):
         wide = [t.to(accumulator(t.dtype)) for t in self.tensors]
         sums = all_reduce(wide, group)
         size = dist.get_world_size(group) if average else 1
-        return self._like((s / size if average else s).to(self.dtype) for s in sums)
+        return self.like((s / size if average else s).to(self.dtype) for s in sums)
 
     def state_dict(self) -> dict[str, Tensor | int | str]:
         """Return a flat dictionary that `torch.load` reads with its safe default.
@@ -486,8 +486,6 @@ class StructuredMatrix(ABC):
     def like(self: Self, tensors: Iterable[Tensor]) -> Self:
         """Return a matrix with other tensors that fit; nothing is checked."""
         return self._of(tensors, self.dim, self.options)
-
-    _like = like
 
     @classmethod
     def _title(cls) -> str:

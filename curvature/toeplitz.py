@@ -62,7 +62,7 @@ class _Toeplitz(MirroredMatrix):
 
     def _held_compose(self, other: _Toeplitz) -> _Toeplitz:
         # the first column of the product says it all
-        return self._like([self._held_matmul(other.tensors[0].unsqueeze(-1), False).squeeze(-1)])
+        return self.like([self._held_matmul(other.tensors[0].unsqueeze(-1), False).squeeze(-1)])
 
     @classmethod
     def _project_gram(cls, S: Tensor, scale: float, **options: int) -> _Toeplitz:
@@ -88,9 +88,9 @@ class _Toeplitz(MirroredMatrix):
         """
         c = self.tensors[0].to(accumulator(self.dtype))
         lengths = _lengths(c)
-        H = self._like([c])
+        H = self.like([c])
         sums = H._held_matmul((c * lengths).unsqueeze(-1), True).squeeze(-1)
-        return self._like([(sums / lengths).to(self.dtype)])
+        return self.like([(sums / lengths).to(self.dtype)])
 
     def _double_unpaired(self) -> _Toeplitz:
         self.tensors[0][..., 1:].mul_(2)

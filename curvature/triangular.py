@@ -101,7 +101,7 @@ class _Triangular(MirroredMatrix, EntrywiseMatrix):
 
     def _zeros(self, batch_shape: Sequence[int]) -> _Triangular:
         (F,) = self.tensors
-        return self._like([F.new_zeros(*batch_shape, *F.shape[-2:])])
+        return self.like([F.new_zeros(*batch_shape, *F.shape[-2:])])
 
 
 class LowerTriangular(_Triangular):

@@ -10,13 +10,18 @@
         opt.step()
 
 Each is a ``torch.optim.Optimizer``: parameter groups, schedulers, closures, checkpoints and
-``GradScaler`` work as usual. `HesScaleStep` wraps any optimizer and shortens its steps.
+``GradScaler`` work as usual.
+
+* `SINGD`, `INGD`, `IKFAC`, `KFAC`: Kronecker-factored preconditioners, the first three without inverses;
+* `RFRMSProp`, `RFAdamW`, `RFShampoo`: adaptive methods without the square root, from gradients alone;
+* `AdaHesScale`: Adam with Hessian diagonals; `HesScaleStep` wraps any optimizer and shortens its steps.
 """
 
 from optim.adahesscale import AdaHesScale, adahesscale
 from optim.base import CurvatureOptimizer
 from optim.hesscale_step import HesScaleStep
 from optim.kfac import KFAC
+from optim.rootfree import RFAdamW, RFRMSProp, RFShampoo
 from optim.singd import IKFAC, INGD, SINGD
 
 __all__ = [
@@ -27,5 +32,8 @@ __all__ = [
     "AdaHesScale",
     "CurvatureOptimizer",
     "HesScaleStep",
+    "RFAdamW",
+    "RFRMSProp",
+    "RFShampoo",
     "adahesscale",
 ]

@@ -69,7 +69,7 @@ def eigenbasis(M: StructuredMatrix) -> tuple[StructuredMatrix, Tensor]:
     lead, bases, found = len(M.batch_shape), [], []
     for t in M.tensors:
         t = widen(t)
-        values, Q = symmetric_eigh("A factor", t) if t.numel() else (t[..., 0], t)
+        values, Q = symmetric_eigh("A factor", t) if t.numel() else (t.diagonal(dim1=-2, dim2=-1), t)
         bases.append(Q)
         found.append(values.clamp(min=0).flatten(lead))
     return M.like(bases), torch.cat(found, dim=-1)

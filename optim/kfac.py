@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from optim.inverses import INVERTIBLE, damped_inverse, eigenbasis, pi_ratio
 from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
-from optim.sharded import inner, local
+from optim.sharded import is_sharded, whole
 from optim.structure import DIAGONAL, Structure
 from optim.updates import projected_moment
 
@@ -84,6 +85,8 @@ class KFAC(NaturalGradient):
     """
 
     structures = INVERTIBLE
+    # how often the factors were updated, and in which step they were inverted last
+    numbers = {"updates": 0, "inverted": -1}
     copied = (*NaturalGradient.copied, "inverse_interval", "kl_clip")
 
     def __init__(
@@ -106,6 +109,10 @@ class KFAC(NaturalGradient):
             check_interval("KFAC", "inverse_interval", inverse_interval)
         if kl_clip is not None:
             check_number("KFAC", "kl_clip", kl_clip)
+            if kl_clip == 0:
+                raise ValueError(
+                    "KFAC: kl_clip=0; expected a number > 0, or None: no step would be taken."
+                )
         self.inverse_interval, self.kl_clip = inverse_interval, kl_clip
         defaults = {
             "lr": lr,
@@ -118,7 +125,8 @@ class KFAC(NaturalGradient):
         }
         super().__init__(model_or_params, defaults, interval=interval, **shared)
 
-    def _slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+    def slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+        """Return A and B, and what their inverses need."""
         slots = {}
         for side, structure in zip("AB", structures, strict=True):
             slots[side] = Slot(side, structure)
@@ -155,9 +163,9 @@ class KFAC(NaturalGradient):
     def _plan(self, layer: Layer) -> tuple[bool, bool]:
         """Return whether a layer's factors are its first, and whether they are to be inverted."""
         state, now = self.state[layer.weight], self._clock["step"]
-        first = "updates" not in state
-        state["updates"] = state.get("updates", 0) + 1
-        if self.inverse_interval is not None and "inverted" in state:
+        first = state["updates"] == 0
+        state["updates"] += 1
+        if self.inverse_interval is not None and state["inverted"] >= 0:
             interval = interval_at("KFAC", "inverse_interval", self.inverse_interval, now)
             if now - state["inverted"] < interval:
                 return first, False
@@ -202,16 +210,17 @@ class KFAC(NaturalGradient):
             return
         buckets = list(found)
         terms = [
-            float(self._group_of[p]["lr"]) ** 2 * inner(n, p.grad.to(n.dtype))
+            float(self._buckets.group_of[p]["lr"]) ** 2 * _dot(n, p.grad.to(n.dtype))
             for directions in buckets
             for p, n in directions
         ]
         if terms:
-            total = torch.stack([t.to(terms[0].device, torch.float32) for t in terms]).sum().abs()
+            dtype = reduce(torch.promote_types, (t.dtype for t in terms))
+            total = torch.stack([t.to(terms[0].device, dtype) for t in terms]).sum().abs()
             factor = (self.kl_clip / total).sqrt().clamp(max=1)
             for directions in buckets:
                 for _, n in directions:
-                    local(n).mul_(factor.to(n.dtype))
+                    n.mul_(factor.to(n.dtype))
         yield from buckets
 
     def _check_group(self, group: dict) -> None:
@@ -223,3 +232,8 @@ class KFAC(NaturalGradient):
             raise ValueError("KFAC: damping=0; expected a number > 0, as factors may be singular.")
         if group["inverse"] not in INVERSES:
             raise ValueError(f"KFAC: inverse={group['inverse']!r}; expected one of {INVERSES}.")
+
+
+def _dot(n: Tensor, g: Tensor) -> Tensor:
+    """Return the inner product of two tensors of one shape."""
+    return whole((n * g).sum()) if is_sharded(n) else torch.vdot(n.flatten(), g.flatten())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from backpack_ext.normal import OneHot
 from backpack_ext.rules import Rule, find_rule
 from backpack_ext.rules.affine import EmbeddingRule
 from backpack_ext.shards import held
@@ -145,10 +144,14 @@ class Layers:
             )
             self.add(Layer(weight, bias if joined else None, form))
 
-    def of_unit(self, unit: Unit) -> Layer | None:
+    def of_unit(self, unit: Unit, one_hot: bool) -> Layer | None:
         """Return the layer that a backward pass has reached, noting it if it is new.
 
-        None if it has no preconditioner: the weight is frozen or has been refused.
+        None if it has no preconditioner: the weight is frozen, or another optimizer's, or refused.
+
+        Args:
+            unit: What was reached.
+            one_hot: Whether its inputs are one-hot.
         """
         weight = unit.parameters.get("weight")
         if weight is None:
@@ -168,7 +171,7 @@ class Layers:
             unit.parameters["weight"],
             unit.axes("weight"),
             unit.axes("bias") if joined else None,
-            isinstance(unit.a, OneHot),
+            one_hot,
         )
         bias = held(bias) if joined else None
         if layer is not None and layer.form == form and layer.bias is bias:

@@ -44,7 +44,10 @@ def momentum_step(
     if weight_decay:
         n.add_(p, alpha=weight_decay)
     if momentum:
-        V = local(state["momentum_buffer"])
+        V = state["momentum_buffer"]
+        if V.dtype != dtype or V.device != p.device:  # the model has been moved
+            V = state["momentum_buffer"] = V.to(p.device, dtype)
+        V = local(V)
         if new:
             V.copy_(n)
         elif V.is_contiguous() and V.dtype == n.dtype:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import prod
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,23 +21,19 @@ from curvature import DiagonalMatrix, StructuredMatrix
 from curvature.precision import without_autocast
 from optim.base import CurvatureOptimizer
 from optim.bucket import Bucket, Slot
+from optim.buckets import FALLBACK, JOINED, WEIGHT, Buckets
+from optim.checkpoint import CLOCK, check_saved, loaded_entry
+from optim.exchange import Exchange
 from optim.fallback import Fallback
 from optim.layers import Layer, Layers, labels
 from optim.momentum import momentum_step
 from optim.placement import placement_of
-from optim.rounding import copy_rounded_
+from optim.rounding import copy_rounded_, seeded_generator
 from optim.schedules import Interval, check_interval, check_number, interval_at
-from optim.sharded import is_sharded, like_parameter, local, whole
-from optim.state import exact_loading, loaded, state_dtype
+from optim.sharded import like_parameter, local, whole
+from optim.state import exact_loading, state_dtype
 from optim.statistics import Moments, Statistics
-from optim.structure import DIAGONAL, Structure, structures_of
-
-# What `state[p]["kind"]` says: who trains the parameter.
-FALLBACK, WEIGHT, JOINED = 0, 1, 2
-
-# Entries of every group that say how far the training is. They are there because checkpoints of all
-# kinds keep a group's entries.
-CLOCK = {"step": 0, "refreshed": 0, "refreshes": 0, "skipped": 0}
+from optim.structure import Structure, structures_of
 
 
 class NaturalGradient(CurvatureOptimizer):
@@ -99,13 +95,13 @@ class NaturalGradient(CurvatureOptimizer):
         self.factor_dtype, self.fallback_lr = factor_dtype, fallback_lr
         self.stochastic_rounding, self.maximize = bool(stochastic_rounding), bool(maximize)
         self.fallback = Fallback(name, fallback, fallback_options, self.maximize)
-        self._placement = placement_of(name, process_group, placement)
+        self.placement = placement_of(name, process_group, placement)
         self._layers = Layers(bool(joint_bias))
         wide = None if factor_dtype is None else torch.promote_types(factor_dtype, torch.float32)
         self.statistics = Statistics(
             *(name, self, self._layers, approx, fisher, mc_samples, loss_terms, wide, generator)
         )
-        self.statistics.rank = self._placement.rank  # processes are to draw different samples
+        self.statistics.rank = self.placement.rank  # processes are to draw different samples
         self._start()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(model.named_parameters() if model is not None else params, defaults)
@@ -122,17 +118,15 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _start(self) -> None:
         """Set up what is not part of the state."""
-        self._buckets: dict[Layer, Bucket] = {}
-        self._version = -1  # of the layers that the buckets were made for
-        self._active: dict[Layer, None] = {}  # that have been reached
-        self._group_of: dict[Tensor, dict] = {}
+        self._buckets = Buckets(self, self._layers, self.placement)
         # weights with loaded factors whose layers have not been seen yet: the next pass shows them
         self._lost: set[Tensor] = set()
+        self._rounding: dict[tuple[str, torch.device], tuple] = {}  # generators of this step
 
     # ------------------------------------------------------------------ what subclasses say
 
     @abstractmethod
-    def _slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+    def slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
         """Return the matrices of a layer, by name, for the structures of its two sides."""
 
     @abstractmethod
@@ -177,8 +171,11 @@ class NaturalGradient(CurvatureOptimizer):
     # Attributes that a copy has as well.
     copied: ClassVar[tuple[str, ...]] = (
         *("interval", "factor_dtype", "fallback_lr", "stochastic_rounding", "maximize", "fallback"),
-        *("statistics", "_layers", "_placement"),
+        *("statistics", "_layers", "placement", "_lost"),
     )
+
+    # Numbers that a weight's state has beside its matrices, as they are at first.
+    numbers: ClassVar[Mapping[str, int]] = {}
 
     # names of the slots that moments are projected with, by side; none if the coordinates are plain
     coordinates: ClassVar[Mapping[str, str]] = {}
@@ -200,6 +197,10 @@ class NaturalGradient(CurvatureOptimizer):
         """Clear the gradients, and what was gathered with them."""
         super().zero_grad(set_to_none)
         self.statistics.forget()
+
+    @property
+    def _exchange(self) -> Exchange:
+        return Exchange(self, self._buckets, self.placement)
 
     @property
     def skipped(self) -> int:
@@ -247,8 +248,8 @@ class NaturalGradient(CurvatureOptimizer):
         moments = self.statistics.take()
         found = {m.layer: m for m in moments}
         finite = self._finite(present, moments)
-        if self._placement.size > 1 and not still:
-            finite = self._agree(found, finite, due or bool(self._lost))
+        if self.placement.size > 1 and not still:
+            finite = self._exchange.agree(found, finite, due or bool(self._lost))
         if not finite:
             self._tick(skipped=self.skipped + 1)
             return loss
@@ -256,8 +257,8 @@ class NaturalGradient(CurvatureOptimizer):
             self._find_lost(present)
         if not due:
             found = {}
-        self._activate(found)
-        self._activate(filter(None, map(self._layers.owner, present)))
+        self._buckets.activate(found)
+        self._buckets.activate(filter(None, map(self._layers.owner, present)))
         if found:
             self._refresh_all(found)
         self._update(present)
@@ -267,118 +268,19 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _refresh_all(self, moments: dict[Layer, Moments]) -> None:
         """Refresh the matrices of layers, each in one of the processes."""
-        if self._placement.size > 1:
-            moments = self._reduced(moments)
+        if self.placement.size > 1:
+            moments = self._exchange.reduced(moments)
         plans = {layer: self._plan(layer) for layer in moments}
-        for bucket, found in self._by_bucket(moments):
-            if bucket.owner == self._placement.rank:
+        for bucket, found in self._buckets.sort(moments):
+            if bucket.owner == self.placement.rank:
                 own = [found[layer] for layer in found]
                 A, B = (bucket.stacked([getattr(m, side) for m in own]) for side in "AB")
-                group = self._group_of[bucket.layers[0].weight]
+                group = self._buckets.group(bucket)
                 self._refresh(bucket, group, {layer: plans[layer] for layer in found}, A, B)
-        if self._placement.size > 1:
-            self._send_matrices(moments)
+        if self.placement.size > 1:
+            self._exchange.send_matrices(moments)
         clock = self._clock
         self._tick(refreshed=clock["step"], refreshes=clock["refreshes"] + 1)
-
-    # ------------------------------------------------------------------ several processes
-
-    def _agree(self, found: dict[Layer, Moments], finite: bool, due: bool) -> bool:
-        """Return whether all is finite in all processes, and note what others have reached or refused.
-
-        Gradients are the same in all processes, unless parameters are sharded.
-
-        Args:
-            found: What was gathered here; layers that others have reached are added, without moments.
-            finite: Whether all is finite here.
-            due: Whether something was to be gathered.
-
-        Raises:
-            ValueError: If processes read a weight in different ways.
-        """
-        if not due:
-            if not any(map(is_sharded, self._group_of)):
-                return finite
-            return self._placement.all(finite, self._device)
-        params = [p for group in self.param_groups for p in group["params"]]
-        numbers = {p: k for k, p in enumerate(params)}
-        known = [
-            (numbers[layer.weight], None if layer.bias is None else numbers[layer.bias], layer.form)
-            for layer in found
-        ]
-        refused = [numbers[p] for p in self._layers.refused]
-        answers = self._placement.gather((finite, refused, known))
-        for number in {k for _, several, _ in answers for k in several}:
-            self._layers.refuse(params[number])
-        if not all(flag for flag, _, _ in answers):
-            return False
-        reached: dict[int, tuple] = {}
-        for _, _, entries in answers:
-            for entry in entries:
-                if params[entry[0]] in self._layers.refused:
-                    continue
-                if reached.setdefault(entry[0], entry) != entry:
-                    raise ValueError(
-                        f"{type(self).__name__}: processes read the weight of parameter "
-                        f"{labels(self.param_groups)[params[entry[0]]]} in different ways."
-                    )
-        own = dict(found)
-        found.clear()
-        for number in sorted(reached):
-            _, bias, form = reached[number]
-            weight = params[number]
-            layer = self._layers.of_weight(weight)
-            if layer is None or layer.form != form:
-                layer = self._layers.add(Layer(weight, None if bias is None else params[bias], form))
-            found[layer] = own.get(layer) or Moments(layer)
-        return True
-
-    def _reduced(self, moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
-        """Return the moments of all processes together, of the layers that this one refreshes.
-
-        A is the mean over the rows of all, B the mean over processes: that of the mean of their losses.
-        For layers of others, what is returned has no meaning.
-        """
-        sums: dict[Layer, tuple[StructuredMatrix, Tensor, StructuredMatrix]] = {}
-        messages: dict[int, list[Tensor]] = {}
-        for layer, m in moments.items():
-            g, dtype = layer.form.groups, torch.promote_types(self._dtype_of(layer), torch.float32)
-            like = torch.empty(0, dtype=dtype, device=layer.weight.device)
-            first, second = self._structures_of(layer)
-            rows = torch.zeros(g, dtype=dtype, device=like.device) + m.rows
-            if m.A is None:
-                A = first.zeros(layer.form.columns, (g,), like)
-                B = second.zeros(layer.form.rows, (g,), like)
-            else:
-                A, B = m.A * rows, m.B * (1 / self._placement.size)
-            A, B = (M.like(t.contiguous() for t in M.tensors) for M in (A, B))
-            sums[layer] = A, rows, B
-            owner = self._buckets[layer].owner
-            messages.setdefault(owner, []).extend((*A.tensors, rows, *B.tensors))
-        self._placement.reduce(messages)
-        found = {}
-        for layer, (A, rows, B) in sums.items():
-            found[layer] = m = Moments(layer)
-            m.A, m.B, m.rows = A * (1 / rows.clamp(min=1)), B, rows
-        return found
-
-    def _send_matrices(self, layers: Iterable[Layer]) -> None:
-        """Give all processes the matrices that they keep."""
-        messages: dict[int, list[Tensor]] = {}
-        for layer in layers:
-            bucket, state = self._buckets[layer], self.state[layer.weight]
-            kept = self._kept(bucket.slots, everything=self._placement.keeps(None))
-            for name in kept:
-                count = len(bucket.matrices[name].tensors)
-                messages.setdefault(bucket.owner, []).extend(state[f"{name}.{j}"] for j in range(count))
-            bucket.cache = None
-        self._placement.broadcast(messages)
-
-    def _kept(self, slots: Mapping[str, Slot], everything: bool) -> dict[str, Slot]:
-        """Return the matrices that a process keeps: all, or what its moments are projected with."""
-        if everything:
-            return dict(slots)
-        return {name: slots[name] for name in slots if name in self.coordinates.values()}
 
     # ------------------------------------------------------------------ the parameters
 
@@ -387,7 +289,7 @@ class NaturalGradient(CurvatureOptimizer):
         reached = dict.fromkeys(filter(None, map(self._layers.owner, present)))
         for directions in self._directions(reached):
             for p, n in directions:
-                group, state = self._group_of[p], self.state[p]
+                group, state = self._buckets.group_of[p], self.state[p]
                 momentum_step(
                     p,
                     n,
@@ -395,7 +297,7 @@ class NaturalGradient(CurvatureOptimizer):
                     lr=float(group["lr"]),
                     momentum=group["momentum"],
                     weight_decay=group["weight_decay"],
-                    write=self._write,
+                    write=self._write_parameter,
                 )
                 state.setdefault("kind", JOINED)
         others = [p for p in present if self._layers.owner(p) is None]
@@ -404,19 +306,14 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield parameters with preconditioned gradients, bucket by bucket, so that few are held."""
-        buckets = self._by_bucket(dict.fromkeys(layers))
+        buckets = self._buckets.sort(dict.fromkeys(layers))
         received: dict[int, list[Tensor]] = {}
-        if not self._placement.keeps(None):
+        if not self.placement.keeps(None):
             for bucket, _ in buckets:
-                if bucket.owner == self._placement.rank:
-                    N = self._preconditioned(bucket)
-                else:
-                    N = bucket.empty()
-                    for p in (p for layer in bucket.layers for p in layer.parameters):
-                        if is_sharded(p):
-                            self._grad(p)  # its owner needs our part
+                own = bucket.owner == self.placement.rank
+                N = self._preconditioned(bucket) if own else bucket.empty()
                 received.setdefault(bucket.owner, []).append(N.contiguous())
-            self._placement.broadcast(received)
+            self.placement.broadcast(received)
         for bucket, found in buckets:
             scales = None if received or bucket.is_small else self._scales(bucket)
             if scales is not None:
@@ -465,7 +362,7 @@ class NaturalGradient(CurvatureOptimizer):
         else:
             G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         del matrices
-        return self._precondition(bucket, self._group_of[bucket.layers[0].weight], G)
+        return self._precondition(bucket, self._buckets.group(bucket), G)
 
     def _fall_back(self, params: list[Tensor]) -> None:
         """Let the fallback train parameters."""
@@ -485,11 +382,25 @@ class NaturalGradient(CurvatureOptimizer):
             self.state[p].setdefault("kind", FALLBACK)
 
     def _write(self, target: Tensor, source: Tensor) -> None:
-        """Overwrite a tensor, rounding to its data type."""
-        if self.stochastic_rounding:
-            copy_rounded_(target, source, None)
-        else:
-            target.copy_(source)
+        """Overwrite a matrix's tensor, rounding to its data type."""
+        copy_rounded_(target, source, self._generator("matrices", target.device))
+
+    def _write_parameter(self, target: Tensor, source: Tensor) -> None:
+        """Overwrite a parameter, rounding to its data type."""
+        copy_rounded_(target, source, self._generator("parameters", target.device))
+
+    def _generator(self, use: str, device: torch.device) -> torch.Generator | None:
+        """Return what this step's rounding draws from; None to round to the nearest.
+
+        It depends on the step alone, so that nothing has to be saved and copies in several processes
+        stay equal. Matrices, which not all processes write, have one of their own.
+        """
+        if not self.stochastic_rounding:
+            return None
+        numbers = ("matrices", "parameters").index(use), self._clock["step"]
+        if self._rounding.get((use, device), (None,))[0] != numbers:
+            self._rounding[use, device] = numbers, seeded_generator(device, *numbers)
+        return self._rounding[use, device][1]
 
     # ------------------------------------------------------------------ moments
 
@@ -526,13 +437,13 @@ class NaturalGradient(CurvatureOptimizer):
 
     def stackable(self, layers: Sequence[Layer]) -> bool:
         """Whether `moments` can treat layers together."""
-        self._make_buckets()
+        self._buckets.make()
         first = layers[0]
         return all(
             layer.form == first.form
-            and self._structures_of(layer) == self._structures_of(first)
-            and self._dtype_of(layer) == self._dtype_of(first)
-            and (layer in self._buckets) == (first in self._buckets)
+            and self._buckets.sides_of(layer) == self._buckets.sides_of(first)
+            and self._buckets.dtype_of(layer) == self._buckets.dtype_of(first)
+            and (layer in self._buckets.of) == (first in self._buckets.of)
             for layer in layers
         )
 
@@ -543,124 +454,12 @@ class NaturalGradient(CurvatureOptimizer):
 
         None stands for the identity, which matrices are before the first step.
         """
-        self._make_buckets()
-        bucket, name = self._buckets.get(layer), self.coordinates.get(factor)
-        structure = self._structures_of(layer)["AB".index(factor)]
-        dtype = torch.promote_types(self._dtype_of(layer), torch.float32)
+        self._buckets.make()
+        bucket, name = self._buckets.of.get(layer), self.coordinates.get(factor)
+        structure = self._buckets.sides_of(layer)["AB".index(factor)]
+        dtype = torch.promote_types(self._buckets.dtype_of(layer), torch.float32)
         M = None if bucket is None or name is None else bucket.of_layer(name, layer)
         return M, structure, dtype
-
-    # ------------------------------------------------------------------ layers and buckets
-
-    def _activate(self, layers: Iterable[Layer]) -> None:
-        """Have matrices for layers from now on."""
-        for layer in layers:
-            if layer not in self._active:
-                self._active[layer] = None
-                self._version = -1
-        self._make_buckets()
-
-    def _make_buckets(self) -> None:
-        """Stack the matrices of active layers, unless that was done already."""
-        if self._version == self._layers.version:
-            return
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        known = set(self._layers)
-        for layer in list(self._active):
-            if layer not in known:  # it has changed, or has been refused
-                del self._active[layer]
-                for p in layer.parameters:
-                    owner = self._layers.owner(p)
-                    if owner is None or owner.form != layer.form:
-                        self.state[p].clear()
-        for layer in known - self._active.keys():
-            if self.state.get(layer.weight):  # loaded, or trained by the fallback before
-                self._adopt(layer)
-        together: dict[tuple, list[Layer]] = {}
-        numbers = {id(group): k for k, group in enumerate(self.param_groups)}
-        ordered = [self._layers.of_weight(p) for p in self._group_of]  # always the same order
-        ordered = [layer for layer in ordered if layer in self._active]
-        owners = self._owners(ordered)
-        for layer in ordered:
-            p = layer.weight
-            key = (numbers[id(self._group_of[p])], layer.form, self._structures_of(layer))
-            together.setdefault((*key, p.dtype, p.device, owners[layer]), []).append(layer)
-        self._buckets = {}
-        called = labels(self.param_groups)
-        for (_, form, structures, *_, owner), layers in together.items():
-            group = self._group_of[layers[0].weight]
-            states = [self.state[layer.weight] for layer in layers]
-            names = [called[layer.weight] for layer in layers]
-            slots = self._kept(self._slots(group, structures), self._placement.keeps(owner))
-            bucket = Bucket(layers, form, slots, states, self._dtype_of(layers[0]), names, owner)
-            for layer, state in zip(layers, states, strict=True):
-                state["kind"] = WEIGHT
-                if self._placement.size == 1:
-                    state.pop("owner", None)  # of a state that several processes saved
-                self._buckets[layer] = bucket
-        self._version = self._layers.version
-
-    def _owners(self, layers: list[Layer]) -> dict[Layer, int]:
-        """Return which process refreshes each layer; that does not change any more.
-
-        Raises:
-            ValueError: If a loaded state was saved by more processes.
-        """
-        if self._placement.size == 1:
-            return dict.fromkeys(layers, 0)
-        costs, owners = {}, {}
-        for layer in layers:
-            group = self._group_of[layer.weight]
-            sides = zip((layer.form.columns, layer.form.rows), self._structures_of(layer), strict=True)
-            costs[layer] = layer.form.groups * sum(
-                dim * sum(map(prod, structure.cls.shapes(dim, **dict(structure.options))))
-                for dim, structure in sides
-            )
-            state = self.state.get(layer.weight, {})
-            if "owner" in state:
-                owners[layer] = state["owner"]
-                if owners[layer] >= self._placement.size:
-                    raise ValueError(
-                        f"{type(self).__name__}: the state of parameter "
-                        f"{labels([group])[layer.weight]} belongs to process {owners[layer]}, but there "
-                        f"are {self._placement.size}. Load it with as many processes as saved it, or "
-                        "with one."
-                    )
-        found = self._placement.assign(costs, owners)
-        for layer, owner in found.items():
-            self.state[layer.weight]["owner"] = owner
-        return found
-
-    def _adopt(self, layer: Layer) -> None:
-        """Take a layer whose parameters have a state already."""
-        kind = self.state[layer.weight].get("kind", FALLBACK)
-        if kind == FALLBACK:
-            for p in layer.parameters:
-                self.state[p].clear()
-        else:
-            self._active[layer] = None
-
-    def _by_bucket(self, layers: Mapping[Layer, Any]) -> list[tuple[Bucket, dict[Layer, Any]]]:
-        """Sort layers, and what belongs to them, by bucket; in the bucket's order."""
-        found: dict[int, tuple[Bucket, dict[Layer, Any]]] = {}
-        for layer in layers:
-            bucket = self._buckets[layer]
-            found.setdefault(id(bucket), (bucket, {}))
-        for bucket, members in found.values():
-            members.update((layer, layers[layer]) for layer in bucket.layers if layer in layers)
-        return list(found.values())
-
-    def _structures_of(self, layer: Layer) -> tuple[Structure, Structure]:
-        """Return the structures of a layer's two sides; an embedding's inputs have a diagonal."""
-        group = self._group_of.get(layer.weight)
-        if group is None:
-            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-            group = self._group_of[layer.weight]
-        first, second = structures_of(type(self).__name__, group["structure"], self.structures)
-        return (DIAGONAL if layer.form.one_hot else first), second
-
-    def _dtype_of(self, layer: Layer) -> torch.dtype:
-        return self.factor_dtype or torch.promote_types(layer.weight.dtype, torch.float32)
 
     def factors(self, weight: Tensor) -> dict[str, StructuredMatrix]:
         """Return the matrices of a weight's layer, ``[g,d,d]`` each, by name; views of the state.
@@ -668,11 +467,11 @@ class NaturalGradient(CurvatureOptimizer):
         Raises:
             KeyError: If the weight has none: the fallback trains it, or no step has reached it.
         """
-        self._make_buckets()
+        self._buckets.make()
         layer = self._layers.of_weight(weight)
-        if layer is None or layer not in self._buckets:
+        if layer is None or layer not in self._buckets.of:
             raise KeyError(f"{type(self).__name__}: the parameter has no factors.")
-        bucket = self._buckets[layer]
+        bucket = self._buckets.of[layer]
         return {name: bucket.of_layer(name, layer) for name in bucket.slots}
 
     # ------------------------------------------------------------------ when
@@ -705,15 +504,11 @@ class NaturalGradient(CurvatureOptimizer):
     def _finite(self, present: list[Tensor], moments: list[Moments]) -> bool:
         """Whether all gradients and moments are finite."""
         grads = [g for p in present if (g := local(p.grad)).numel()]
-        if not grads:  # all parts of sharded ones are elsewhere
-            values = []
-        elif all(g.is_cuda for g in grads):
+        if all(g.is_cuda for g in grads):
             values = list(torch._foreach_norm(grads, float("inf")))
         else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
             values = [g.sum(dtype=state_dtype(g)) for g in grads]
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
-        if not values:
-            return True
         device = values[0].device
         return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
 
@@ -732,24 +527,28 @@ class NaturalGradient(CurvatureOptimizer):
         structures = structures_of(type(self).__name__, group["structure"], self.structures)
         param_group.setdefault("base_lr", float(group["lr"]))
         super().add_param_group(param_group)
+        self.param_groups[-1].update(self._generator_state())
         if structures is not None:
             self._layers.wanted.update(self.param_groups[-1]["params"])
-        self._version = -1
+        self._buckets.outdate()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: see `torch.optim.Optimizer.state_dict`.
 
-        Where samples are drawn, the first parameter's entry has the state of the random generator.
+        Where samples are drawn, the groups have the state of the random generator.
         """
-        state = super().state_dict()
-        if self.statistics.vectors.kind == "mc" and 0 in state["state"]:
-            generator = self.statistics.state_dict(self._device)
-            rank = {"generator_rank": self._placement.rank}
-            state["state"][0] = {**state["state"][0], **generator, **rank}
-        return state
+        self._tick(**self._generator_state())
+        return super().state_dict()
+
+    def _generator_state(self) -> dict[str, Tensor]:
+        """Return the state of the generator that samples are drawn from, if there is one."""
+        if self.statistics.vectors.kind != "mc":
+            return {}
+        return self.statistics.state_dict(self.device)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """That of the first parameter."""
         return self.param_groups[0]["params"][0].device
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -758,73 +557,21 @@ class NaturalGradient(CurvatureOptimizer):
         Raises:
             ValueError: If it is that of another optimizer, or of other parameters or structures.
         """
-        self._check_saved(state_dict)
-        with exact_loading(self, self._loaded):
-            super().load_state_dict(state_dict)
-        first = self.state[self.param_groups[0]["params"][0]]
-        generator, rank = first.pop("generator", None), first.pop("generator_rank", 0)
-        if generator is not None:
-            self.statistics.load_state_dict({"generator": generator}, self._device)
-            if rank != self._placement.rank:  # all have loaded one state, and are to draw differently
-                generator = self.statistics.generator(self._device)
-                seed = int(torch.randint(2**62, (), generator=generator, device=self._device))
-                generator.manual_seed(seed + self._placement.rank)
+        check_saved(self, state_dict)
+        before = dict(self.__dict__)
+        self._buckets = Buckets(self, self._layers, self.placement)
+        try:
+            with exact_loading(self, partial(loaded_entry, self.factor_dtype)):
+                super().load_state_dict(state_dict)
+            self._buckets.make()
+        except Exception:
+            self.__dict__.update(before)  # nothing in there has been changed in place
+            raise
+        if "generator" in self.param_groups[0]:
+            self.statistics.load_state_dict(self.param_groups[0], self.device)
         self.statistics.forget()
-        self._active.clear()
-        self._version = -1
-        self._make_buckets()
         kinds = {p: state.get("kind", FALLBACK) for p, state in self.state.items()}
         self._lost = {p for p, k in kinds.items() if k == WEIGHT and self._layers.of_weight(p) is None}
-
-    def _check_saved(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the state of another optimizer."""
-        name, expected = type(self).__name__, {*self.defaults, *CLOCK}
-        for k, saved in enumerate(state_dict["param_groups"]):
-            missing = sorted(expected - saved.keys())
-            if missing:
-                raise ValueError(
-                    f"{name}: the state's group {k} has no {missing[0]!r}; expected what state_dict() "
-                    f"of {name} returned."
-                )
-            if k < len(self.param_groups):
-                own = self.param_groups[k]["structure"]
-                parsed = [structures_of(name, s, self.structures) for s in (saved["structure"], own)]
-                if parsed[0] != parsed[1]:
-                    raise ValueError(
-                        f"{name}: the state's group {k} has structure={saved['structure']!r}, this "
-                        f"optimizer's {own!r}. Make the optimizer with that structure."
-                    )
-        for index, state in state_dict["state"].items():
-            names = {key.partition(".")[0] for key in state if "." in key}
-            kind, owner = state.get("kind"), state.get("owner", self._placement.rank)
-            fits = bool(names) == (kind == WEIGHT) or not self._placement.keeps(owner)
-            if not fits and kind == WEIGHT and "owner" in state:
-                raise ValueError(
-                    f"{name}: the state of parameter {index} has no factors. Was it saved by another "
-                    'process, with placement="memory"? Each process saves, and loads, a state of its '
-                    "own then."
-                )
-            if kind is None or not fits:
-                raise ValueError(
-                    f"{name}: the state of parameter {index} has entries {sorted(state)}, which do not "
-                    f"fit together. Are they those of {name}? If they come from "
-                    "torch.distributed.checkpoint, which asks a new optimizer what there is: run one "
-                    "backward pass inside `with backpack(*opt.extensions())`, and a step with lr=0, "
-                    "before."
-                )
-
-    def _loaded(self, value: Any, p: Tensor, key: str, entries: Mapping[str, Any]) -> Any:
-        """Return a copy of one entry of a checkpoint, in the data type that it is needed in."""
-        if not isinstance(value, Tensor):
-            return value
-        if key == "generator":
-            return value.to("cpu", copy=True)
-        if entries["kind"] == FALLBACK:
-            return None  # as torch does it
-        if "." in key:
-            dtype = self.factor_dtype or state_dtype(p)
-            return value.to(p.device, dtype, copy=True)
-        return loaded(value, p, key)
 
     def _find_lost(self, present: list[Tensor]) -> None:
         """Look whether a pass has shown the layers of loaded factors.
@@ -848,7 +595,9 @@ class NaturalGradient(CurvatureOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_buckets" not in self.__dict__:  # a copy; torch comes here as well when it loads
+            lost = self._lost
             self._start()
+            self._lost = lost
 
 
 def _depth_of_caller() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import Tensor
 
 
@@ -23,13 +22,6 @@ def whole(t: Tensor) -> Tensor:
 def local(t: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds; it shares memory with the tensor."""
     return t.to_local() if is_sharded(t) else t
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of two tensors that are distributed alike; all processes have to ask."""
-    if is_sharded(a):
-        return whole((a * b).sum())  # parts of different lengths cannot be flattened
-    return torch.vdot(a.flatten(), b.flatten())
 
 
 def like_parameter(n: Tensor, p: Tensor) -> Tensor:

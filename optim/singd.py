@@ -32,7 +32,8 @@ class InverseFree(NaturalGradient):
         self.lr_cov = lr_cov if callable(lr_cov) else None
         super().__init__(params, {**defaults, "lr_cov": None if callable(lr_cov) else lr_cov}, **options)
 
-    def _slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+    def slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+        """Return K and C."""
         first, second = structures
         return {"K": Slot("A", first, True), "C": Slot("B", second, True)}
 
@@ -88,9 +89,10 @@ class InverseFree(NaturalGradient):
 class Adaptive(InverseFree):
     """Base class of `SINGD` and `INGD`: the trace of each side scales the other, momenta of K and C."""
 
-    def _slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+    def slots(self, group: dict, structures: tuple[Structure, Structure]) -> dict[str, Slot]:
+        """Return K and C, and their momenta unless these are forgotten at once."""
         first, second = structures
-        slots = super()._slots(group, structures)
+        slots = super().slots(group, structures)
         if group["alpha1"]:
             slots |= {"m_K": Slot("A", first), "m_C": Slot("B", second)}
         return slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from backpack_ext import Extension, UnsupportedError
 from backpack_ext.extension import Vectors, check_samples
 from backpack_ext.factor_rows import APPROX, FactorRows
-from backpack_ext.normal import OneHot
-from backpack_ext.unit import Unit, stack_inputs, stack_vectors
+from backpack_ext.unit import Unit, stack_vectors
 from curvature import StructuredMatrix
 from optim.layers import Layer, Layers
 
 if TYPE_CHECKING:
     from backpack_ext.site import Site
+
+_numbers = itertools.count()
 
 FISHER = ("empirical", "mc", "exact")
 
@@ -143,7 +145,8 @@ class Statistics(Extension):
         check_samples(owner, mc_samples)
         if loss_terms is not None and not 0 < loss_terms < float("inf"):
             raise ValueError(f"{owner}: loss_terms={loss_terms!r}; expected a number > 0.")
-        super().__init__(f"{owner.lower()}_statistics", "skip", generator)
+        # nothing lands there, but two optimizers in one block need names of their own
+        super().__init__(f"{owner.lower()}_statistics_{next(_numbers)}", "skip", generator)
         self.source, self.layers = source, layers
         self.fisher, self.loss_terms = fisher, loss_terms
         self.rows = FactorRows(approx, dtype)
@@ -217,7 +220,7 @@ class Statistics(Extension):
             call.moments.add_B(B)
         new = [(call, u) for call, u in zip(calls, units, strict=True) if call.is_new(u)]
         if new:
-            a = self.rows.inputs(stack_inputs([u for _, u in new]))
+            a = self.rows.inputs_of([u for _, u in new])
             x = self._joined(new[0][0].moments.layer, a, unit)
             layers = [call.moments.layer for call, _ in new]
             found = self.source.moments(layers, "A", x, 1 / x.shape[1])
@@ -228,7 +231,7 @@ class Statistics(Extension):
         layers = [call.moments.layer for call in calls]
         return (
             len({id(layer) for layer in layers}) == len(layers)
-            and not any(u.sites[0].parts or isinstance(u.a, OneHot) for u in units)
+            and not any(u.sites[0].parts or self.rows.is_one_hot(u) for u in units)
             and all(u.existing is None for u in units)
             and self.source.stackable(layers)
         )
@@ -237,7 +240,7 @@ class Statistics(Extension):
         """Return what is known of a unit's calls; None if they are to be ignored."""
         if unit.rule.elementwise:
             return None
-        layer = self.layers.of_unit(unit)
+        layer = self.layers.of_unit(unit, self.rows.is_one_hot(unit))
         if layer is None:
             return None
         part = unit.part("weight")
@@ -254,11 +257,11 @@ class Statistics(Extension):
 
     def _add_inputs(self, call: _Call, unit: Unit) -> None:
         layer = call.moments.layer
-        if isinstance(unit.a, OneHot):
+        if self.rows.is_one_hot(unit):
             x, count = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             call.moments.add_A(self._moment(call, "A", x, 1.0), count)
             return
-        x = self._joined(layer, self.rows.inputs(unit.a, unit), unit)
+        x = self._joined(layer, self.rows.inputs_of([unit]), unit)
         call.moments.add_A(self._moment(call, "A", x, 1 / max(1, x.shape[1])), x.shape[1])
 
     def _joined(self, layer: Layer, a: Tensor, unit: Unit) -> Tensor:

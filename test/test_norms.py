@@ -439,3 +439,14 @@ def test_transformers_of_the_zoo(name: str):
     assert found or name == "char_gpt"
     for key, p in found.items():
         close(p.grad_batch, G[key])
+
+
+def test_many_rows_in_half_precision():
+    """On CPU torch adds up a norm's bfloat16 gradients row by row; that is no other layer."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = extend(nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 10)).bfloat16())
+        loss_fn, x = extend(nn.CrossEntropyLoss()), torch.randn(64, 17, 16, dtype=torch.bfloat16)
+        with backpack(SumGradSquared()):
+            loss_fn(model(x).mean(1), torch.randint(0, 10, (64,))).backward()
+        assert model[1].bias.sum_grad_squared.isfinite().all()

@@ -95,6 +95,13 @@ class Rule(ABC):
     def inputs(self, site: Site) -> Tensor | OneHot:
         """Return the layer's input in normal form, ``[n, s, i]`` or ``[g, n, s, i]``."""
 
+    def mean_inputs(self, site: Site) -> Tensor | None:
+        """Return inputs ``[n, s', i]`` or ``[g, n, s', i]`` with the same mean over positions.
+
+        For rules whose `inputs` are costly to form; None by default, which stands for those.
+        """
+        return None
+
     @abstractmethod
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Bring vectors at the output to the normal form.

@@ -44,6 +44,7 @@ class Contender:
         work: The products that the mathematics needs beyond SGD's iteration; None if not counted.
         goals: The largest time that we are content with, by problem.
         endless: Whether a period takes so long that only two iterations are run, once.
+        extended: Whether the optimizer reads backward passes through ``backpack(...)``.
     """
 
     name: str
@@ -52,11 +53,7 @@ class Contender:
     work: Callable[[Shapes], Work] | None = None
     goals: dict[str, float] = field(default_factory=dict)
     endless: bool = False
-
-    @property
-    def extended(self) -> bool:
-        """Whether the optimizer reads backward passes through ``backpack(...)``."""
-        return self.side == "ours"
+    extended: bool = False
 
 
 class Training:
@@ -74,7 +71,7 @@ class Training:
         if contender.extended:
             self.model, self.loss_fn = extend(self.model), extend(self.loss_fn)
         self.optimizer = contender.make(self.model, len(self.x), self.interval)
-        self.iteration = self._ours if hasattr(self.optimizer, "extensions") else self._plain
+        self.iteration = self._extended if contender.extended else self._plain
         self.laps: list[tuple[float, float]] = []
 
     def _plain(self) -> None:
@@ -82,7 +79,7 @@ class Training:
         self.loss_fn(self.model(self.x), self.y).backward()
         self.optimizer.step()
 
-    def _ours(self) -> None:
+    def _extended(self) -> None:
         self.optimizer.zero_grad()
         with backpack(*self.optimizer.extensions()):
             self.loss_fn(self.model(self.x), self.y).backward()
@@ -123,29 +120,42 @@ def _singd(structure: Any) -> Callable[[nn.Module, int, int], Optimizer]:
     return _natural(optim.SINGD, structure=structure)
 
 
-DIAGONAL_GOALS = {"mlp": 1.05, "cnn": 1.05, "vit": 1.05}
+def _ours(name: str, make: Callable[[nn.Module, int, int], Optimizer], **options: Any) -> Contender:
+    return Contender(name, make, extended=True, **options)
+
+
+def _rootfree(cls: type[Optimizer]) -> Contender:
+    def make(model: nn.Module, batch: int, interval: int) -> Optimizer:
+        period = {"interval": interval} if cls is optim.RFShampoo else {}
+        return cls(model.parameters(), lr=LR, batch_size=batch, **period)
+
+    return Contender(cls.__name__, make)
+
+
 OURS = (
-    Contender("SINGD diagonal", _singd("diagonal"), goals=DIAGONAL_GOALS),
-    Contender(
+    _ours("SINGD diagonal", _singd("diagonal"), goals={"mlp": 1.05, "cnn": 1.05, "vit": 1.05}),
+    _ours(
         *("SINGD block-diagonal", _singd(("block-diagonal", {"block": BLOCK}))),
         work=floors.block_diagonal(BLOCK),
     ),
-    Contender(
+    _ours(
         *("SINGD hierarchical", _singd(("hierarchical", {"k1": BORDER, "k2": BORDER}))),
         work=floors.hierarchical(BORDER, BORDER),
         goals={"mlp": 1.5},
     ),
-    Contender("SINGD rank-k", _singd(("rank-k-lower", {"k": BORDER}))),
-    Contender("SINGD lower-toeplitz", _singd("lower-toeplitz"), goals={"mlp": 1.6}),
-    Contender("SINGD lower-triangular", _singd("lower-triangular"), work=floors.dense),
-    Contender(
+    _ours("SINGD rank-k", _singd(("rank-k-lower", {"k": BORDER}))),
+    _ours("SINGD lower-toeplitz", _singd("lower-toeplitz"), goals={"mlp": 1.6}),
+    _ours("SINGD lower-triangular", _singd("lower-triangular"), work=floors.dense),
+    _ours(
         *("SINGD dense (INGD)", _singd("dense")),
         work=floors.dense,
         goals={"mlp": 4.5, "cnn": 1.4},
     ),
-    Contender("IKFAC dense", _natural(optim.IKFAC), work=floors.dense),
-    Contender("KFAC dense", _natural(optim.KFAC), work=floors.kfac),
-    Contender("AdaHesScale", lambda model, batch, interval: optim.AdaHesScale(model, lr=LR)),
+    _ours("IKFAC dense", _natural(optim.IKFAC), work=floors.dense),
+    _ours("KFAC dense", _natural(optim.KFAC), work=floors.kfac),
+    _rootfree(optim.RFAdamW),
+    _rootfree(optim.RFShampoo),
+    _ours("AdaHesScale", lambda model, batch, interval: optim.AdaHesScale(model, lr=LR)),
 )
 
 # --------------------------------------------------------------------------- others

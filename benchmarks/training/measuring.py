@@ -53,7 +53,7 @@ def measure(problem: Problem, contenders: list[Contender], length: Length, devic
     times = interleave(short, PLAIN, sync, length.seconds, length.rounds)
     for key in once:
         variants[key].time(sync)
-        first, other = trainings[key].laps[-1], median(times[PLAIN])
+        first, other = trainings[key].laps[-1]
         times[key] = [first + (INTERVAL - 1) * other] * len(times[PLAIN])
     peaks = {key: _peak(training, device) for key, training in trainings.items()}
     weights = sum(p.nbytes for p in problem.model.parameters())

@@ -12,7 +12,6 @@ from math import cos, exp, log, pi
 from random import Random
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -103,16 +102,12 @@ NATURAL = {"interval": interval, "fallback_lr": 3e-3}
 
 
 def natural(cls: type[Optimizer], **fixed: Any) -> Make:
-    """Return how to make an optimizer with Kronecker factors, of the network's own data type.
-
-    Layers are checked in float32 only: torch adds up a LayerNorm's bfloat16 gradients with errors of a
-    sixth and more, which the check would take for a layer that it does not know.
-    """
+    """Return how to make an optimizer with Kronecker factors, of the network's own data type."""
 
     def make(model: nn.Module, config: Config, task: Task) -> Optimizer:
         dtype = next(model.parameters()).dtype
         options = {"approx": task.approx, "factor_dtype": dtype} | NATURAL | fixed | config
-        return cls(extend(model, check_layers=dtype == torch.float32), **options)
+        return cls(extend(model), **options)
 
     return make
 
