@@ -504,11 +504,15 @@ class NaturalGradient(CurvatureOptimizer):
     def _finite(self, present: list[Tensor], moments: list[Moments]) -> bool:
         """Whether all gradients and moments are finite."""
         grads = [g for p in present if (g := local(p.grad)).numel()]
-        if all(g.is_cuda for g in grads):
+        if not grads:  # all parts of sharded ones are elsewhere
+            values = []
+        elif all(g.is_cuda for g in grads):
             values = list(torch._foreach_norm(grads, float("inf")))
         else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
             values = [g.sum(dtype=state_dtype(g)) for g in grads]
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
+        if not values:
+            return True
         device = values[0].device
         return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
 
