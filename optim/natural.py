@@ -30,7 +30,7 @@ from optim.momentum import momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
 from optim.schedules import Interval, check_interval, check_number, interval_at
-from optim.sharded import like_parameter, local, whole
+from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, state_dtype
 from optim.statistics import Moments, Statistics
 from optim.structure import Structure, structures_of
@@ -310,8 +310,13 @@ class NaturalGradient(CurvatureOptimizer):
         received: dict[int, list[Tensor]] = {}
         if not self.placement.keeps(None):
             for bucket, _ in buckets:
-                own = bucket.owner == self.placement.rank
-                N = self._preconditioned(bucket) if own else bucket.empty()
+                if bucket.owner == self.placement.rank:
+                    N = self._preconditioned(bucket)
+                else:
+                    N = bucket.empty()
+                    for p in (p for layer in bucket.layers for p in layer.parameters):
+                        if is_sharded(p):
+                            self._grad(p)  # the owner needs our part
                 received.setdefault(bucket.owner, []).append(N.contiguous())
             self.placement.broadcast(received)
         for bucket, found in buckets:
