@@ -549,11 +549,11 @@ class NaturalGradient(CurvatureOptimizer):
         self._tick(**self._generator_state())
         return super().state_dict()
 
-    def _generator_state(self) -> dict[str, Tensor]:
-        """Return the state of the generator that samples are drawn from, if there is one."""
+    def _generator_state(self) -> dict[str, Any]:
+        """Return the state of the generator that samples are drawn from, if there is one, and whose."""
         if self.statistics.vectors.kind != "mc":
             return {}
-        return self.statistics.state_dict(self.device)
+        return {**self.statistics.state_dict(self.device), "generator_rank": self.placement.rank}
 
     @property
     def device(self) -> torch.device:
@@ -578,6 +578,11 @@ class NaturalGradient(CurvatureOptimizer):
             raise
         if "generator" in self.param_groups[0]:
             self.statistics.load_state_dict(self.param_groups[0], self.device)
+            if self.param_groups[0].get("generator_rank", 0) != self.placement.rank:
+                # all processes have loaded one state, and are to draw different samples
+                generator = self.statistics.generator(self.device)
+                seed = int(torch.randint(2**62, (), generator=generator, device=self.device))
+                generator.manual_seed(seed + self.placement.rank)
         self.statistics.forget()
         kinds = {p: state.get("kind", FALLBACK) for p, state in self.state.items()}
         self._lost = {p for p, k in kinds.items() if k == WEIGHT and self._layers.of_weight(p) is None}
