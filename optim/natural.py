@@ -30,7 +30,7 @@ from optim.momentum import momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
 from optim.schedules import Interval, check_interval, check_number, interval_at
-from optim.sharded import like_parameter, local, whole
+from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, state_dtype
 from optim.statistics import Moments, Statistics
 from optim.structure import Structure, structures_of
@@ -105,6 +105,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._start()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(model.named_parameters() if model is not None else params, defaults)
+        self._check_alone(model)
         if model is not None:
             wrapped = model.module if isinstance(model, DistributedDataParallel) else model
             if not (is_extended(model) or is_extended(wrapped)):
@@ -115,6 +116,22 @@ class NaturalGradient(CurvatureOptimizer):
                 )
                 extend(model)
             self._layers.look_through(model)
+
+    def _check_alone(self, model: nn.Module | None) -> None:
+        """Refuse to train for one process what is seen to belong to several.
+
+        Raises:
+            ValueError: If so.
+        """
+        sizes = [p.device_mesh.size() for g in self.param_groups for p in g["params"] if is_sharded(p)]
+        if isinstance(model, DistributedDataParallel):
+            sizes.append(dist.get_world_size(model.process_group))
+        if self.placement.size == 1 and max(sizes, default=1) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: the model is trained by {max(sizes)} processes, which would all "
+                "precondition in their own way. Pass process_group=torch.distributed.group.WORLD, or the "
+                "group that they form."
+            )
 
     def _start(self) -> None:
         """Set up what is not part of the state."""
@@ -310,8 +327,13 @@ class NaturalGradient(CurvatureOptimizer):
         received: dict[int, list[Tensor]] = {}
         if not self.placement.keeps(None):
             for bucket, _ in buckets:
-                own = bucket.owner == self.placement.rank
-                N = self._preconditioned(bucket) if own else bucket.empty()
+                if bucket.owner == self.placement.rank:
+                    N = self._preconditioned(bucket)
+                else:
+                    N = bucket.empty()
+                    for p in (p for layer in bucket.layers for p in layer.parameters):
+                        if is_sharded(p):
+                            self._grad(p)  # the owner needs our part
                 received.setdefault(bucket.owner, []).append(N.contiguous())
             self.placement.broadcast(received)
         for bucket, found in buckets:
@@ -504,11 +526,15 @@ class NaturalGradient(CurvatureOptimizer):
     def _finite(self, present: list[Tensor], moments: list[Moments]) -> bool:
         """Whether all gradients and moments are finite."""
         grads = [g for p in present if (g := local(p.grad)).numel()]
-        if all(g.is_cuda for g in grads):
+        if not grads:  # all parts of sharded ones are elsewhere
+            values = []
+        elif all(g.is_cuda for g in grads):
             values = list(torch._foreach_norm(grads, float("inf")))
         else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
             values = [g.sum(dtype=state_dtype(g)) for g in grads]
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
+        if not values:
+            return True
         device = values[0].device
         return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
 
@@ -540,11 +566,11 @@ class NaturalGradient(CurvatureOptimizer):
         self._tick(**self._generator_state())
         return super().state_dict()
 
-    def _generator_state(self) -> dict[str, Tensor]:
-        """Return the state of the generator that samples are drawn from, if there is one."""
+    def _generator_state(self) -> dict[str, Any]:
+        """Return the state of the generator that samples are drawn from, if there is one, and whose."""
         if self.statistics.vectors.kind != "mc":
             return {}
-        return self.statistics.state_dict(self.device)
+        return {**self.statistics.state_dict(self.device), "generator_rank": self.placement.rank}
 
     @property
     def device(self) -> torch.device:
@@ -569,6 +595,11 @@ class NaturalGradient(CurvatureOptimizer):
             raise
         if "generator" in self.param_groups[0]:
             self.statistics.load_state_dict(self.param_groups[0], self.device)
+            if self.param_groups[0].get("generator_rank", 0) != self.placement.rank:
+                # all processes have loaded one state, and are to draw different samples
+                generator = self.statistics.generator(self.device)
+                seed = int(torch.randint(2**62, (), generator=generator, device=self.device))
+                generator.manual_seed(seed + self.placement.rank)
         self.statistics.forget()
         kinds = {p: state.get("kind", FALLBACK) for p, state in self.state.items()}
         self._lost = {p for p, k in kinds.items() if k == WEIGHT and self._layers.of_weight(p) is None}

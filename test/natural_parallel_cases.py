@@ -11,8 +11,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from backpack_ext import UnsupportedError, backpack, extend
@@ -28,6 +37,8 @@ STEPS = 5
 TOLERANCE = 1e-10
 # seconds that a process waits for another one
 LIMIT = 20.0
+
+FOLDER = ""  # for checkpoints
 
 CASES: dict[str, Callable[[dist.ProcessGroup], None]] = {}
 
@@ -48,10 +59,10 @@ class Net(nn.Module):
         choice: Which expert is used; None for none.
     """
 
-    def __init__(self, frozen_bias: bool = False):
+    def __init__(self, frozen_bias: bool = False, attention: bool = True):
         super().__init__()
         self.embedding = nn.Embedding(7, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True) if attention else None
         self.norm = nn.LayerNorm(4)
         self.conv = nn.Conv2d(4, 6, 2, groups=2)
         self.shift = nn.Parameter(torch.zeros(6))
@@ -66,7 +77,9 @@ class Net(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[n, 3]`` of tokens ``[n, 4]``."""
         x = self.embedding(tokens)
-        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        if self.attention is not None:
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.norm(x)
         x = self.conv(x.mT.unflatten(2, (2, 2))).flatten(1) + self.shift
         return self.head(self._expert(self.same(x)))
 
@@ -671,6 +684,245 @@ def fewer_processes(group):
         raises(ValueError, "Load it with as many processes", lambda n=new, s=state: n.load_state_dict(s))
 
 
+# -- samples -----------------------------------------------------------------------------------------
+
+
+@case
+def samples_differ_between_processes(group):
+    """Processes that are seeded alike, and have the same data, draw different samples; also resumed."""
+    saved = None
+    for placement in (*PLACEMENTS, "communication"):  # the last goes on with what rank 0 has saved
+        torch.manual_seed(0)
+        net = new_net()
+        model = parallel(group, net)
+        opt = SINGD(model, process_group=group, placement=placement, fisher="mc", **FAST)
+        if placement == "communication" and saved is not None:
+            opt.load_state_dict(saved)
+        found = []
+        reduced = opt._reduced
+
+        def noted(moments, reduced=reduced, found=found, net=net):
+            found.append(next(m for m in moments.values() if m.layer.weight is net.head.weight).B)
+            return reduced(moments)
+
+        opt._reduced = noted
+        for _ in trained(model, opt, steps=range(2)):
+            check_alike(values(net), group)
+        for B in found:
+            others = gathered(B.to_dense(), group)
+            pairs = [(k, j) for k in range(len(others)) for j in range(k)]
+            assert not any(torch.allclose(others[k], others[j]) for k, j in pairs), "they draw alike"
+        if saved is None:
+            saved = from_rank_0(opt.state_dict(), group)
+            own = through_file(opt.state_dict())
+            opt.load_state_dict(own)
+            again = opt.state_dict()
+            assert torch.equal(*(state["param_groups"][0]["generator"] for state in (own, again)))
+
+
+# -- sharded parameters ------------------------------------------------------------------------------
+
+
+def sharded(group: dist.ProcessGroup, net: nn.Module, children: bool = False) -> nn.Module:
+    """Shard a network's parameters, maybe those of each child apart."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    extend(net)
+    if children:
+        for child in net.children():
+            if next(child.parameters(), None) is not None:
+                fully_shard(child, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def sharded_equal_to_one(
+    name: str, group: dist.ProcessGroup, counts: dict = EQUAL, children: bool = False, **options
+) -> None:
+    expected = []
+    if dist.get_rank(group) == 0:
+        net = extend(new_net(attention=False))
+        opt = OPTIMIZERS[name](net, **options)
+        expected = [values(net) for _ in trained(net, opt)]
+    for placement in PLACEMENTS:
+        # without attention, whose weights pass through functional calls
+        net = sharded(group, new_net(attention=False), children)
+        opt = OPTIMIZERS[name](net, process_group=group, placement=placement, **options)
+        for step in trained(net, opt, **batch_of(group, counts)):
+            found = values(net)
+            if expected:
+                check_close(found, expected[step])
+        assert opt.skipped == 0
+
+
+for name, setting in (
+    ("singd_dense", {"interval": 2}),
+    ("singd_diagonal", {"counts": UNEQUAL, "children": True}),
+    ("ikfac", {"children": True}),
+    ("kfac_exact", {}),
+    ("kfac_seldom", {"counts": UNEQUAL}),
+):
+    CASES[f"sharded_{name}"] = lambda group, name=name, setting=setting: sharded_equal_to_one(
+        name, group, **setting
+    )
+
+
+@case
+def sharded_to_nothing(group):
+    """A process that holds no part of any parameter takes part, also in steps of length zero."""
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 1), nn.Linear(1, 1)).double()
+        net = sharded(group, net) if together else extend(net)
+        loss_fn = extend(nn.MSELoss())
+        options = {"process_group": group} if together else {}
+        opt = SINGD(net, **{**FAST, "interval": 2}, **options)
+        for step, lr in enumerate((0.0, 0.1, 0.1)):
+            torch.manual_seed(step)
+            x, y = torch.randn(8, 5).double(), torch.randn(8, 1).double()
+            if together:
+                where = batch_of(group)["batches"][0]
+                x, y = x[where], y[where]
+            for options in opt.param_groups:
+                options["lr"] = lr
+            opt.zero_grad()
+            with backpack(*opt.extensions()):
+                loss_fn(net(x), y).backward()
+            opt.step()
+        found.append(values(net))
+    check_close(*found)
+
+
+@case
+def sharded_not_finite(group):
+    """A part that is not finite on one process stops all, also between refreshes."""
+    net = sharded(group, new_net(attention=False))
+    opt = SINGD(net, process_group=group, **{**FAST, "interval": 2})
+    mine = batch_of(group)
+    list(trained(net, opt, steps=range(1), **mine))
+    before = values(net)
+
+    def spoil(*args) -> None:
+        next(net.parameters()).grad.to_local().fill_(float("nan"))
+
+    if dist.get_rank(group) == 0:
+        opt.register_step_pre_hook(spoil)
+    for step in (1, 2):
+        list(trained(net, opt, steps=range(step, step + 1), **mine))
+        assert torch.equal(values(net), before)
+    assert opt.skipped == 2
+
+
+# -- torch.distributed.checkpoint --------------------------------------------------------------------
+
+
+def wrapped(kind: str, group: dist.ProcessGroup, net: nn.Module) -> nn.Module:
+    return sharded(group, net) if kind == "sharded" else parallel(group, net)
+
+
+def through_dcp(kind: str, name: str, group: dist.ProcessGroup) -> None:
+    """Save and load by torch.distributed.checkpoint, into new objects."""
+    make, mine = OPTIMIZERS[name], batch_of(group)
+    attention = kind == "wrapped"
+    model = wrapped(kind, group, new_net(attention=attention))
+    opt = make(model, interval=2, process_group=group)
+    list(trained(model, opt, steps=range(3), **mine))
+    folder = f"{FOLDER}/{kind}-{name}-{dist.get_world_size(group)}-{dist.get_process_group_ranks(group)}"
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.save(state, checkpoint_id=folder, process_group=group)
+    list(trained(model, opt, steps=range(3, 6), **mine))
+
+    net = new_net(attention=attention)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.9)
+    again = wrapped(kind, group, net)
+    new = make(again, interval=2, process_group=group)
+    # attention's layers show in a pass only: torch could not ask for their state otherwise
+    for options in new.param_groups:
+        options["lr"] = 0.0
+    list(trained(again, new, steps=range(1), **mine))
+    state = {"model": get_model_state_dict(again), "optimizer": get_optimizer_state_dict(again, new)}
+    dcp.load(state, checkpoint_id=folder, process_group=group)
+    set_model_state_dict(again, state["model"])
+    set_optimizer_state_dict(again, new, state["optimizer"])
+    assert {options["lr"] for options in new.param_groups} == {opt.param_groups[0]["lr"]}
+    list(trained(again, new, steps=range(3, 6), **mine))
+    check_close(values(again), values(model))
+
+
+for kind in ("wrapped", "sharded"):
+    for name in ("singd_dense", "kfac_pi"):
+        CASES[f"dcp_{kind}_{name}"] = lambda group, kind=kind, name=name: through_dcp(kind, name, group)
+
+
+def fresh_dcp(kind: str, group: dist.ProcessGroup) -> None:
+    """A new optimizer of layers with modules needs no pass before: torch takes a step of its own."""
+
+    def new() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+        model = wrapped(kind, group, net)
+        return model, SINGD(model, process_group=group, **{**FAST, "interval": 2})
+
+    def train(model: nn.Module, opt, steps: range) -> None:
+        loss_fn = extend(nn.CrossEntropyLoss())
+        for step in steps:
+            torch.manual_seed(10 * step + dist.get_rank(group))
+            opt.zero_grad()
+            with backpack(*opt.extensions()):
+                loss_fn(model(torch.randn(4, 4).double()), torch.randint(3, (4,))).backward()
+            opt.step()
+
+    model, opt = new()
+    train(model, opt, range(3))
+    folder = f"{FOLDER}/{kind}-{dist.get_world_size(group)}-{dist.get_process_group_ranks(group)}"
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.save(state, checkpoint_id=folder, process_group=group)
+    train(model, opt, range(3, 6))
+    again, fresh = new()
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    state = {"model": get_model_state_dict(again), "optimizer": get_optimizer_state_dict(again, fresh)}
+    dcp.load(state, checkpoint_id=folder, process_group=group)
+    set_model_state_dict(again, state["model"])
+    set_optimizer_state_dict(again, fresh, state["optimizer"])
+    train(again, fresh, range(3, 6))
+    check_close(values(again), values(model))
+
+
+for kind in ("wrapped", "sharded"):
+    CASES[f"fresh_dcp_{kind}"] = lambda group, kind=kind: fresh_dcp(kind, group)
+
+
+# -- bfloat16, and the group of all -------------------------------------------------------------------
+
+
+@case
+def rounded_at_random(group):
+    """Processes round their copies alike."""
+    for placement in PLACEMENTS:
+        model = parallel(group, new_net().bfloat16())
+        opt = SINGD(
+            model,
+            process_group=group,
+            placement=placement,
+            stochastic_rounding=True,
+            factor_dtype=torch.bfloat16,
+            **FAST,
+        )
+        for _ in trained(model, opt, **batch_of(group)):
+            check_alike(values(model), group)
+        assert opt.skipped == 0 and values(model).isfinite().all()
+
+
+@case
+def world(group):
+    """The group of all processes, as it is given by torch."""
+    if dist.get_world_size(group) == dist.get_world_size():
+        equal_to_one("singd_dense", dist.group.WORLD, options={"interval": 2})
+
+
 # -- errors ------------------------------------------------------------------------------------------
 
 
@@ -683,6 +935,11 @@ def wrong_arguments(group):
     raises(ValueError, message, lambda: SINGD(net, process_group=group, placement="everywhere"))
     raises(ValueError, message, lambda: SINGD(net, placement="everywhere"))
     opt = SINGD(net, process_group=group)
+    message = "Pass process_group=torch.distributed.group.WORLD"
+    model = DistributedDataParallel(net, process_group=group)
+    raises(ValueError, message, lambda: SINGD(model))
+    shards = sharded(group, new_net(attention=False))
+    raises(ValueError, message, lambda: KFAC(shards.parameters()))
     message = "Pass process_group to the optimizer, and none to backpack(...)"
     raises(UnsupportedError, message, lambda: backpack(*opt.extensions(), process_group=group))
 
@@ -692,8 +949,11 @@ def wrong_arguments(group):
 
 def work(rank: int, world: int, path: str) -> None:
     """Run all cases, those of two processes on two pairs at once; note what went wrong."""
+    global FOLDER
+    FOLDER = path
     torch.set_num_threads(1)
-    warnings.simplefilter("error", UserWarning)
+    warnings.filterwarnings("error", ".*the model was not extended")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     # processes may start long after each other where others use the machine
     dist.init_process_group(
         "gloo",
