@@ -105,6 +105,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._start()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(model.named_parameters() if model is not None else params, defaults)
+        self._check_alone(model)
         if model is not None:
             wrapped = model.module if isinstance(model, DistributedDataParallel) else model
             if not (is_extended(model) or is_extended(wrapped)):
@@ -115,6 +116,22 @@ class NaturalGradient(CurvatureOptimizer):
                 )
                 extend(model)
             self._layers.look_through(model)
+
+    def _check_alone(self, model: nn.Module | None) -> None:
+        """Refuse to train for one process what is seen to belong to several.
+
+        Raises:
+            ValueError: If so.
+        """
+        sizes = [p.device_mesh.size() for g in self.param_groups for p in g["params"] if is_sharded(p)]
+        if isinstance(model, DistributedDataParallel):
+            sizes.append(dist.get_world_size(model.process_group))
+        if self.placement.size == 1 and max(sizes, default=1) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {max(sizes)} processes train the model, and each would have a "
+                "preconditioner of its own. Pass process_group=torch.distributed.group.WORLD, or the "
+                "group that they form."
+            )
 
     def _start(self) -> None:
         """Set up what is not part of the state."""
