@@ -11,8 +11,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from backpack_ext import UnsupportedError, backpack, extend
@@ -705,10 +714,10 @@ def samples_differ_between_processes(group):
             assert not any(torch.allclose(others[k], others[j]) for k, j in pairs), "they draw alike"
         if saved is None:
             saved = from_rank_0(opt.state_dict(), group)
-            own = opt.state_dict()
+            own = through_file(opt.state_dict())
             opt.load_state_dict(own)
             again = opt.state_dict()
-            assert torch.equal(*(state["state"][0]["generator"] for state in (own, again)))
+            assert torch.equal(*(state["param_groups"][0]["generator"] for state in (own, again)))
 
 
 # -- sharded parameters ------------------------------------------------------------------------------
@@ -886,6 +895,34 @@ for kind in ("wrapped", "sharded"):
     CASES[f"fresh_dcp_{kind}"] = lambda group, kind=kind: fresh_dcp(kind, group)
 
 
+# -- bfloat16, and the group of all -------------------------------------------------------------------
+
+
+@case
+def rounded_at_random(group):
+    """Processes round their copies alike."""
+    for placement in PLACEMENTS:
+        model = parallel(group, new_net().bfloat16())
+        opt = SINGD(
+            model,
+            process_group=group,
+            placement=placement,
+            stochastic_rounding=True,
+            factor_dtype=torch.bfloat16,
+            **FAST,
+        )
+        for _ in trained(model, opt, **batch_of(group)):
+            check_alike(values(model), group)
+        assert opt.skipped == 0 and values(model).isfinite().all()
+
+
+@case
+def world(group):
+    """The group of all processes, as it is given by torch."""
+    if dist.get_world_size(group) == dist.get_world_size():
+        equal_to_one("singd_dense", dist.group.WORLD, options={"interval": 2})
+
+
 # -- errors ------------------------------------------------------------------------------------------
 
 
@@ -898,6 +935,11 @@ def wrong_arguments(group):
     raises(ValueError, message, lambda: SINGD(net, process_group=group, placement="everywhere"))
     raises(ValueError, message, lambda: SINGD(net, placement="everywhere"))
     opt = SINGD(net, process_group=group)
+    message = "Pass process_group=torch.distributed.group.WORLD"
+    model = DistributedDataParallel(net, process_group=group)
+    raises(ValueError, message, lambda: SINGD(model))
+    shards = sharded(group, new_net(attention=False))
+    raises(ValueError, message, lambda: KFAC(shards.parameters()))
     message = "Pass process_group to the optimizer, and none to backpack(...)"
     raises(UnsupportedError, message, lambda: backpack(*opt.extensions(), process_group=group))
 
