@@ -128,8 +128,8 @@ class NaturalGradient(CurvatureOptimizer):
             sizes.append(dist.get_world_size(model.process_group))
         if self.placement.size == 1 and max(sizes, default=1) > 1:
             raise ValueError(
-                f"{type(self).__name__}: the model is trained by {max(sizes)} processes, which would all "
-                "precondition in their own way. Pass process_group=torch.distributed.group.WORLD, or the "
+                f"{type(self).__name__}: {max(sizes)} processes train the model, and each would have a "
+                "preconditioner of its own. Pass process_group=torch.distributed.group.WORLD, or the "
                 "group that they form."
             )
 

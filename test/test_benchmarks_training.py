@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from benchmarks.floor import shapes_of, total_flops
+from benchmarks.lowrank.measuring import Length
 from benchmarks.models import mlp
 from benchmarks.training import contenders as who
 from benchmarks.training import floors, tables
 from benchmarks.training.__main__ import main
 from benchmarks.training.contenders import ADAMW, INTERVAL, SGD, Contender, Training, contenders
+from benchmarks.training.measuring import measure
 
 
 def test_every_optimizer_runs(tmp_path, capsys):
@@ -141,6 +143,14 @@ def test_peers_are_optional(monkeypatch):
 
     monkeypatch.setattr(who, "import_module", missing)
     assert who.peers() == {} and {c.side for c in contenders()} == {"torch", "ours"}
+
+
+def test_endless_peers_are_timed_once():
+    """Two of its iterations stand for a period: one with a refresh, nine without."""
+    slow = Contender("a", lambda m, *_: torch.optim.SGD(m.parameters(), lr=0.1), "singd", endless=True)
+    found = measure(mlp(3, 4), [*who.TORCH, slow], Length(0.0, (2, 2)), "cpu")
+    (cell,) = (row["singd"] for row in found["rows"] if row["name"] == "a")
+    assert found["rounds"] == 2 and min(cell["time"]) > 0 and cell["state"] == 0
 
 
 def test_endless_peers_have_short_periods():
