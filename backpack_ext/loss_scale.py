@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from math import log2
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -47,6 +49,12 @@ class LossScale:
             raise ValueError(
                 f"{call.label} enters the total with the negative factor {c:g}: its curvature would "
                 "be negative and has no real root. Give it a positive factor."
+            )
+        if c >= 2**8 and log2(c).is_integer() and self.multiplier == 1:
+            warnings.warn(
+                f"{call.label} was multiplied by {c:g}, and so is its curvature. If that is the factor "
+                "of a GradScaler, pass the scaler: backpack(..., grad_scaler=scaler).",
+                stacklevel=2,
             )
         r = call.scale()
         scale, terms = r * c, 1 / r if call.module.reduction == "mean" else None

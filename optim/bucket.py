@@ -64,6 +64,7 @@ class Bucket:
         self.index = {layer: k for k, layer in enumerate(self.layers)}
         self.dtype, self.device, self.owner = dtype, layers[0].weight.device, owner
         self.matrices: dict[str, StructuredMatrix] = {}
+        self.choice: Any = None  # what the optimizer's slots depended on
         self.cache: Any = None  # what follows from the matrices, and is made anew when they change
         count = len(self.layers) * form.groups
         like = torch.empty(0, dtype=dtype, device=self.device)

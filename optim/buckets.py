@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optim.natural import NaturalGradient
 
 # What `state[p]["kind"]` says: who trains the parameter.
-FALLBACK, WEIGHT, JOINED = 0, 1, 2
+FALLBACK, WEIGHT, JOINED, REFUSED = 0, 1, 2, 3
 
 
 class Buckets:
@@ -82,6 +82,9 @@ class Buckets:
         ordered = [self.layers.of_weight(p) for p in self.group_of]  # always the same order
         ordered = [layer for layer in ordered if layer in self.active]
         owners = self._owners(ordered)
+        for p in (p for layer in ordered for p in layer.parameters):
+            if self.optimizer.state.get(p, {}).get("kind") == FALLBACK:  # it has no layer any more
+                self.optimizer.state[p].clear()
         for layer in ordered:
             p = layer.weight
             key = (numbers[id(self.group_of[p])], layer.form, self.sides_of(layer))
@@ -101,12 +104,15 @@ class Buckets:
                 if self.placement.size == 1:
                     state.pop("owner", None)  # of a state that several processes saved
                 self.of[layer] = bucket
+            bucket.choice = self.optimizer.choice(group)
         self.version = self.layers.version
 
     def _has_moved(self) -> bool:
-        """Whether parameters have another device or data type than when buckets were made."""
+        """Whether parameters have another device or data type, or need other matrices, than before."""
         return any(
-            layer.weight.device != bucket.device or self.dtype_of(layer) != bucket.dtype
+            layer.weight.device != bucket.device
+            or self.dtype_of(layer) != bucket.dtype
+            or self.optimizer.choice(self.group(bucket)) != bucket.choice
             for layer, bucket in self.of.items()
         )
 

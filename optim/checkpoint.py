@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optim.buckets import FALLBACK, WEIGHT
+from optim.buckets import FALLBACK, REFUSED, WEIGHT
 from optim.state import loaded, state_dtype
 from optim.structure import structures_of
 
@@ -34,6 +34,15 @@ def check_saved(optimizer: NaturalGradient, state_dict: dict[str, Any]) -> None:
                 f"{name}: the state's group {k} has no {missing[0]!r}; expected what state_dict() "
                 f"of {name} returned."
             )
+        if k < len(optimizer.param_groups) and "lr_cov" in optimizer.defaults:
+            own = optimizer.param_groups[k]["lr_cov"]
+            if (saved["lr_cov"] is None) != (own is None):
+                what = "a function" if own is None else repr(own)
+                raise ValueError(
+                    f"{name}: the state's group {k} has lr_cov={saved['lr_cov']!r} (None stands for a "
+                    f"function, which is not saved), this optimizer {what}. Make the optimizer with "
+                    "what the state was saved with."
+                )
         if k < len(optimizer.param_groups):
             own = optimizer.param_groups[k]["structure"]
             parsed = [structures_of(name, s, optimizer.structures) for s in (saved["structure"], own)]
@@ -79,7 +88,7 @@ def loaded_entry(
     """
     if not isinstance(value, Tensor):
         return value
-    if entries["kind"] == FALLBACK:
+    if entries["kind"] in (FALLBACK, REFUSED):
         return None  # as torch does it
     if "." in key:
         dtype = factor_dtype or state_dtype(p)

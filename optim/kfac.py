@@ -138,6 +138,10 @@ class KFAC(NaturalGradient):
                 slots[f"values_{side}"] = Slot(side, DIAGONAL, True)
         return slots
 
+    def choice(self, group: dict) -> str:
+        """Return how factors are inverted."""
+        return group["inverse"]
+
     def _project(
         self, M: StructuredMatrix | None, x: Tensor, scale: float, structure: Structure
     ) -> StructuredMatrix:
@@ -152,7 +156,9 @@ class KFAC(NaturalGradient):
         B: StructuredMatrix,
     ) -> None:
         decays = [0.0 if first else group["decay"] for first, _ in plans.values()]
-        keep = torch.tensor(decays, device=bucket.device).repeat_interleave(bucket.form.groups)
+        keep = torch.tensor(decays, dtype=A.dtype, device=bucket.device).repeat_interleave(
+            bucket.form.groups
+        )
         keep = keep[0] if bucket.single else keep
         rows = bucket.rows_of(list(plans))
         for side, new in (("A", A), ("B", B)):

@@ -107,6 +107,13 @@ class Layers:
         self.refused: set[Tensor] = set()
         self.version = 0  # grows whenever layers change
 
+    def copy(self) -> Layers:
+        """Return a copy that changes on its own."""
+        new = Layers(self.joint_bias)
+        new.wanted, new.refused = set(self.wanted), set(self.refused)
+        new._known, new._owner, new.version = dict(self._known), dict(self._owner), self.version
+        return new
+
     def __iter__(self) -> Iterator[Layer]:
         return iter(self._known.values())
 
@@ -165,6 +172,10 @@ class Layers:
         if joined:
             joined = site.uses_of("weight", unit.parameters["weight"]) == site.uses_of("bias", bias)
         layer = self._known.get(weight)
+        if layer is not None and layer.bias is not None and bias is None:
+            form = _form(unit.parameters["weight"], unit.axes("weight"), None, one_hot)
+            if not layer.bias.requires_grad and form == _without_bias(layer.form):
+                return layer  # frozen for now: its column stays
         if layer is not None and layer.bias is None and bias is not None:
             joined = False  # what was decided once stays
         form = _form(

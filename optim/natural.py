@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from curvature import DiagonalMatrix, StructuredMatrix
 from curvature.precision import without_autocast
 from optim.base import CurvatureOptimizer
 from optim.bucket import Bucket, Slot
-from optim.buckets import FALLBACK, JOINED, WEIGHT, Buckets
+from optim.buckets import FALLBACK, JOINED, REFUSED, WEIGHT, Buckets
 from optim.checkpoint import CLOCK, check_saved, loaded_entry
 from optim.exchange import Exchange
 from optim.fallback import Fallback
@@ -88,8 +89,9 @@ class NaturalGradient(CurvatureOptimizer):
     ):
         name = type(self).__name__
         self.interval = check_interval(name, "interval", interval)
-        if factor_dtype is not None and not factor_dtype.is_floating_point:
-            raise ValueError(f"{name}: factor_dtype={factor_dtype}; expected a floating-point type.")
+        known = factor_dtype is None or isinstance(factor_dtype, torch.dtype)
+        if not known or (factor_dtype is not None and not factor_dtype.is_floating_point):
+            raise ValueError(f"{name}: factor_dtype={factor_dtype!r}; expected a floating-point type.")
         if fallback_lr is not None:
             check_number(name, "fallback_lr", fallback_lr)
         self.factor_dtype, self.fallback_lr = factor_dtype, fallback_lr
@@ -107,8 +109,8 @@ class NaturalGradient(CurvatureOptimizer):
         super().__init__(model.named_parameters() if model is not None else params, defaults)
         self._check_alone(model)
         if model is not None:
-            wrapped = model.module if isinstance(model, DistributedDataParallel) else model
-            if not (is_extended(model) or is_extended(wrapped)):
+            wrapped = _layers_of_wrapping(model)
+            if not any(map(is_extended, wrapped)):
                 warnings.warn(
                     f"{name}: the model was not extended; it is now, by backpack_ext.extend(model). "
                     "Extend the loss as well.",
@@ -164,6 +166,9 @@ class NaturalGradient(CurvatureOptimizer):
             A: Moments of the inputs.
             B: Moments of the vectors.
         """
+
+    def choice(self, group: dict) -> Any:
+        """Return what `slots` depends on in a group, beside the structures."""
 
     def _plan(self, layer: Layer) -> Any:
         """Note that a layer is refreshed, by whichever process; return what `_refresh` needs of that."""
@@ -256,6 +261,11 @@ class NaturalGradient(CurvatureOptimizer):
                 )
         still = self._stands_still(present)
         due, ran = self._due(), self.statistics.ran
+        if due and ran and not self.statistics.reached:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the backward pass has met no layer of an extended model. "
+                "Pass the model to the optimizer, or extend it by backpack_ext.extend(model)."
+            )
         if (due or self._lost) and not ran and not still:
             raise RuntimeError(
                 f"{type(self).__name__}.step: new statistics are due, but no backward pass has gathered "
@@ -389,7 +399,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _fall_back(self, params: list[Tensor]) -> None:
         """Let the fallback train parameters."""
         for p in params:
-            if self.state[p].get("kind", FALLBACK) != FALLBACK:  # it had factors before
+            if self.state[p].get("kind", FALLBACK) in (WEIGHT, JOINED):  # it had factors before
                 self.state[p].clear()
         chosen = set(params)
         groups = []
@@ -401,7 +411,7 @@ class NaturalGradient(CurvatureOptimizer):
             groups.append((members, lr, group["weight_decay"]))
         self.fallback.step(self.state, groups)
         for p in params:
-            self.state[p].setdefault("kind", FALLBACK)
+            self.state[p]["kind"] = REFUSED if p in self._layers.refused else FALLBACK
 
     def _write(self, target: Tensor, source: Tensor) -> None:
         """Overwrite a matrix's tensor, rounding to its data type."""
@@ -546,6 +556,12 @@ class NaturalGradient(CurvatureOptimizer):
         Raises:
             ValueError: If an option is out of its range.
         """
+        shared = _SHARED & param_group.keys()
+        if shared:
+            raise ValueError(
+                f"{type(self).__name__}: {min(shared)!r} in a parameter group; it belongs to the whole "
+                f"optimizer. A group may have {', '.join(self.defaults)}."
+            )
         clock = {name: self.param_groups[0][name] if self.param_groups else 0 for name in CLOCK}
         param_group = {**param_group, **clock}
         group = {**self.defaults, **param_group}
@@ -585,14 +601,19 @@ class NaturalGradient(CurvatureOptimizer):
         """
         check_saved(self, state_dict)
         before = dict(self.__dict__)
+        self._layers = self._layers.copy()
         self._buckets = Buckets(self, self._layers, self.placement)
         try:
             with exact_loading(self, partial(loaded_entry, self.factor_dtype)):
                 super().load_state_dict(state_dict)
+            for p, state in self.state.items():
+                if state.get("kind") == REFUSED:  # as the saved optimizer has found
+                    self._layers.refuse(p)
             self._buckets.make()
         except Exception:
             self.__dict__.update(before)  # nothing in there has been changed in place
             raise
+        self.statistics.layers = self._layers
         if "generator" in self.param_groups[0]:
             self.statistics.load_state_dict(self.param_groups[0], self.device)
             if self.param_groups[0].get("generator_rank", 0) != self.placement.rank:
@@ -629,6 +650,23 @@ class NaturalGradient(CurvatureOptimizer):
             lost = self._lost
             self._start()
             self._lost = lost
+
+
+# Options of the constructor that are no options of groups.
+_SHARED = {"inverse_interval", "kl_clip", *signature(NaturalGradient.__init__).parameters}
+_SHARED -= {"self", "params", "defaults"}
+
+
+def _layers_of_wrapping(model: nn.Module) -> list[nn.Module]:
+    """Return a model, and what `DistributedDataParallel` and `torch.compile` have wrapped."""
+    found = [model]
+    while True:
+        if isinstance(found[-1], DistributedDataParallel):
+            found.append(found[-1].module)
+        elif "_orig_mod" in found[-1]._modules:
+            found.append(found[-1]._modules["_orig_mod"])
+        else:
+            return found
 
 
 def _depth_of_caller() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ class InverseFree(NaturalGradient):
     copied = (*NaturalGradient.copied, "lr_cov")
 
     def __init__(self, params: Any, defaults: dict[str, Any], lr_cov: LrCov, **options: Any):
+        if lr_cov is None:
+            raise ValueError(f"{type(self).__name__}: lr_cov=None; expected a number, or a function.")
         self.lr_cov = lr_cov if callable(lr_cov) else None
         super().__init__(params, {**defaults, "lr_cov": None if callable(lr_cov) else lr_cov}, **options)
 
@@ -80,6 +83,26 @@ class InverseFree(NaturalGradient):
         if group["lr_cov"] is not None:
             check_number(name, "lr_cov", group["lr_cov"])
 
+    def _put(self, bucket: Bucket, rows: Tensor | None, new: dict[str, StructuredMatrix]) -> None:
+        """Write new matrices, unless K and C have diverged: then the old ones stay.
+
+        What they are bounds what preconditioning makes of a gradient.
+        """
+        size = new["K"].square_norm() * new["C"].square_norm()
+        if not bool(size.isfinite().all()):
+            warnings.warn(
+                f"{type(self).__name__}: a refresh of {len(bucket.layers)} layer(s) diverged and is "
+                "left out. lr_cov is too large for the curvature (of inputs that are not normalised?)"
+                + self.remedy,
+                stacklevel=2,
+            )
+            return
+        for name, M in new.items():
+            if name in bucket.slots:
+                bucket.put(name, M, rows, self._write)
+
+    remedy: ClassVar[str] = "; take a smaller one, or normalize=True."
+
     def _wide(self, bucket: Bucket, rows: Tensor | None, *names: str) -> list[StructuredMatrix]:
         """Return matrices in float32 or above, where small changes are not lost."""
         dtype = torch.promote_types(bucket.dtype, torch.float32)
@@ -117,9 +140,11 @@ class Adaptive(InverseFree):
             lr_cov=self._lr_cov_of(group),
             normalize=group["normalize"],
         )
-        for name, M in zip(("K", "C", "m_K", "m_C"), new, strict=True):
-            if name in bucket.slots:
-                bucket.put(name, M, rows, self._write)
+        self._put(bucket, rows, dict(zip(("K", "C", "m_K", "m_C"), new, strict=True)))
+
+    def choice(self, group: dict) -> bool:
+        """Return whether K and C have momenta."""
+        return bool(group["alpha1"])
 
     def _check_group(self, group: dict) -> None:
         super()._check_group(group)
@@ -164,8 +189,9 @@ class SINGD(Adaptive):
     **Gradient accumulation**: what backward passes gather adds up, as gradients do, until ``step`` or
     ``zero_grad`` (of the optimizer, or of the model if it sets gradients to None).
 
-    **Mixed precision**: K, C and V are float32 by default also where the parameters are not. With a
-    ``GradScaler`` activate ``backpack(..., grad_scaler=scaler)``. A step in which a gradient or a
+    **Mixed precision**: K, C and V are at least float32 by default. With a ``GradScaler`` activate
+    ``backpack(..., grad_scaler=scaler)``: without it the statistics are those of the scaled loss, some
+    10,000 times too large. A step in which a gradient or a
     statistic is not finite is skipped, changes nothing, and is counted in ``skipped``.
 
     **Data parallelism**: see ``process_group``. A model wrapped by ``DistributedDataParallel`` averages
@@ -201,10 +227,12 @@ class SINGD(Adaptive):
         factor_dtype: Data type of K, C and their momenta; the parameter's, but at least float32, if
             None. A refresh is computed in float32 or above.
         fallback: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"rmsprop"``, or a class of optimizers.
-        fallback_lr: Its step size, scaled as a schedule scales ``lr``; the group's ``lr`` if None.
+        fallback_lr: Its step size, scaled as a schedule scales ``lr``, relative to the ``lr`` given
+            here; the group's ``lr`` if None.
         fallback_options: Its other options; the weight decay is the group's unless given here.
         loss_terms: Number of terms that the loss is a mean over (1 for a sum), for
-            ``fisher="empirical"`` with a loss that is not extended; read from the loss if None.
+            ``fisher="empirical"`` with a loss that is not extended; over all backward passes of a step
+            together. If None, each loss says it.
         process_group: Processes that train one model on different data.
         placement: With several processes, each layer is refreshed by one of them. ``"communication"``:
             which broadcasts K and C after each refresh; all processes keep them. ``"memory"``: which
@@ -424,5 +452,4 @@ class IKFAC(InverseFree):
         rows = bucket.rows_of(list(plans))
         K, C = self._wide(bucket, rows, "K", "C")
         new = ikfac(K, C, A, B, damping=group["damping"], lr_cov=self._lr_cov_of(group))
-        for name, M in zip(("K", "C"), new, strict=True):
-            bucket.put(name, M, rows, self._write)
+        self._put(bucket, rows, dict(zip(("K", "C"), new, strict=True)))

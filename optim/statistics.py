@@ -71,7 +71,8 @@ def _whole(layer: Layer, calls: dict[int | None, _Call]) -> Moments | None:
         return None
     whole = Moments(layer)
     whole.A, whole.B = _joined_parts([m.A for m in parts]), _joined_parts([m.B for m in parts])
-    whole.rows = torch.tensor([float(m.rows) for m in parts], device=whole.A.device)
+    rows = [float(m.rows) for m in parts]
+    whole.rows = torch.tensor(rows, dtype=torch.float32, device=whole.A.device)
     return whole
 
 
@@ -151,6 +152,7 @@ class Statistics(Extension):
         # one column for all data mixes them where a layer couples them; independent samples do not
         self.needs_independent_samples = fisher == "exact"
         self.max_columns = 1000
+        self.reached = False  # whether it has met a layer, of whatever kind
         self.ran = False  # whether a pass ended since the last `take` or `forget`
         self._pending: dict[Tensor, Moments] = {}
         if self.needs_scale:
@@ -173,7 +175,7 @@ class Statistics(Extension):
 
     def forget(self) -> None:
         """Begin anew."""
-        self.ran = False
+        self.ran = self.reached = False
         self._pending.clear()
 
     # ------------------------------------------------------------------ a backward pass
@@ -205,7 +207,7 @@ class Statistics(Extension):
 
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
         """Take layers of equal shape, in single products where their structures are equal too."""
-        unit = units[0]
+        unit, self.reached = units[0], True
         together = len(units) > 1 and not (unit.sites[0].shared or unit.rule.elementwise)
         calls = [self._call(store, u) for u in units] if together else []
         if not together or None in calls or not self._stackable(calls, units):

@@ -34,7 +34,8 @@ class Run:
         optimizer: Name of the optimizer.
         config: Its settings.
         seed: Of the data, the parameters and the order of the batches. All optimizers get the same.
-        dtype: ``"float32"`` or ``"bfloat16"``, of parameters, inputs and the optimizer's state.
+        dtype: ``"float32"`` or ``"bfloat16"``, of parameters, inputs and what the optimizers
+            keep in the parameters' type: all of AdamW and SGD, K and C, but not the momentum of ours.
         steps: Number of steps.
         evaluations: How many times the validation loss is measured.
     """
