@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from natural_parallel_cases import CASES, SIZES, work
+from natural_parallel_cases import RUNS, work
 from torch import multiprocessing as mp
 
 WORLD = 4
@@ -18,8 +18,7 @@ def outcomes(tmp_path_factory) -> list[dict]:
     return [torch.load(path / f"{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "size"), RUNS)
 def test_processes(outcomes, name, size):
     for rank, found in enumerate(outcomes):
         assert found[f"{name} {size}"] is None, f"process {rank}:\n{found[f'{name} {size}']}"
