@@ -282,6 +282,8 @@ class NaturalGradient(CurvatureOptimizer):
             return loss
         if self._lost and not still:
             self._find_lost(present)
+        if due and ran:
+            self._give_up_missing(found)
         if not due:
             found = {}
         self._buckets.activate(found)
@@ -292,6 +294,23 @@ class NaturalGradient(CurvatureOptimizer):
         if not still:
             self._tick(step=self._clock["step"] + 1)
         return loss
+
+    def _give_up_missing(self, found: Mapping[Layer, Moments]) -> None:
+        """Leave weights to the fallback that have a gradient, but never had statistics.
+
+        They belong to modules that look like layers, but act in other ways.
+        """
+        for layer in list(self._layers):
+            if layer in found or layer in self._buckets.active or layer.weight.grad is None:
+                continue
+            if bool(whole(layer.weight.grad).any()):
+                self._layers.refuse(layer.weight)
+                warnings.warn(
+                    f"{type(self).__name__}: no statistics reached parameter "
+                    f"{labels(self.param_groups)[layer.weight]} although it has a gradient. It is left "
+                    "to the fallback.",
+                    stacklevel=2,
+                )
 
     def _refresh_all(self, moments: dict[Layer, Moments]) -> None:
         """Refresh the matrices of layers, each in one of the processes."""

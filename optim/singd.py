@@ -235,8 +235,9 @@ class SINGD(Adaptive):
             together. If None, each loss says it.
         process_group: Processes that train one model on different data.
         placement: With several processes, each layer is refreshed by one of them. ``"communication"``:
-            which broadcasts K and C after each refresh; all processes keep them. ``"memory"``: which
-            alone keeps them, and broadcasts the layer's preconditioned gradient in each step.
+            which broadcasts its matrices after each refresh; all processes keep them. ``"memory"``:
+            which alone keeps them, but for the K and C that statistics are projected with, and
+            broadcasts the layer's preconditioned gradient in each step.
         stochastic_rounding: Whether parameters and matrices in half precision are rounded at random,
             so that small changes add up.
         generator: Random generator for ``fisher="mc"``; a private one by default.

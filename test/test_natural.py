@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import optim
 from backpack_ext import backpack, extend
 from optim import IKFAC, INGD, KFAC, SINGD, CurvatureOptimizer
 
@@ -958,3 +959,137 @@ def test_stochastic_rounding(kind):
     assert moved[True].any()
     assert (moved[True] - moved[None]).sum().abs() < 3 * deviation
     assert (moved[True] - moved[None]).abs().mean() < 3 * (2**-7 * moved[None].abs().mean()).sqrt()
+
+
+# ---------------------------------------------------------------------- what reviews found
+
+
+def small(seed: int = 0) -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return extend(model), extend(nn.CrossEntropyLoss()), torch.randn(8, 4), torch.randint(3, (8,))
+
+
+def take_steps(opt, model, loss_fn, x, y, count: int, factor: float = 1.0) -> None:
+    for _ in range(count):
+        opt.zero_grad()
+        with backpack(*opt.extensions()):
+            (factor * loss_fn(model(x), y)).backward()
+        opt.step()
+
+
+def test_parameters_of_a_model_that_was_not_extended():
+    _, loss_fn, x, y = small()
+    model = nn.Linear(4, 3)
+    opt = optim.SINGD(model.parameters())
+    with pytest.raises(RuntimeError, match="met no layer of an extended model"):
+        take_steps(opt, model, loss_fn, x, y, 1)
+
+
+@pytest.mark.parametrize("name", ["SINGD", "IKFAC"])
+def test_a_refresh_that_diverges_is_left_out(name):
+    model, loss_fn, x, y = small()
+    opt = getattr(optim, name)(model, lr=0.0, lr_cov=1e200, interval=1)
+    with pytest.warns(UserWarning, match="diverged"):
+        take_steps(opt, model, loss_fn, 100 * x, y, 2)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(opt.factors(model[0].weight)["K"].to_dense(), torch.eye(5)[None])
+
+
+def test_a_forgotten_scaler_is_named():
+    model, loss_fn, x, y = small()
+    opt = optim.SINGD(model, lr=0.0)
+    with pytest.warns(UserWarning, match="grad_scaler=scaler"):
+        take_steps(opt, model, loss_fn, x, y, 1, factor=2.0**16)
+
+
+def one(count: int) -> float:
+    return 0.1
+
+
+def test_functions_of_the_step_size_do_not_turn_into_numbers():
+    model, *_ = small()
+    one_of_each = optim.SINGD(model, lr_cov=one), optim.SINGD(model, lr_cov=0.1)
+    for opt, other in (one_of_each, one_of_each[::-1]):
+        with pytest.raises(ValueError, match="lr_cov"):
+            opt.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="lr_cov=None"):
+        optim.SINGD(model, lr_cov=None)
+
+
+def test_options_of_the_whole_optimizer_are_none_of_a_group():
+    model, *_ = small()
+    with pytest.raises(ValueError, match="'interval' in a parameter group"):
+        optim.SINGD([{"params": model.parameters(), "interval": 3}])
+
+
+class Tied(nn.Module):
+    """A table that is also the head, in a way that only a backward pass shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        return nn.functional.linear(self.mix(self.table(tokens)).tanh(), self.table.weight)
+
+
+def test_refusals_are_saved():
+    torch.manual_seed(0)
+    model, loss_fn = extend(Tied()), extend(nn.CrossEntropyLoss())
+    tokens, y = torch.randint(6, (8,)), torch.randint(6, (8,))
+    opt = optim.SINGD(model, lr=1e-2)
+    take_steps(opt, model, loss_fn, tokens, y, 3)
+    again = extend(Tied())
+    again.load_state_dict(model.state_dict())
+    other = optim.SINGD(again, lr=1e-2)
+    other.load_state_dict(opt.state_dict())
+    assert {"exp_avg", "exp_avg_sq"} < other.state[again.table.weight].keys()
+    for o, m in ((opt, model), (other, again)):
+        take_steps(o, m, loss_fn, tokens, y, 3)
+    assert torch.equal(model.table.weight, again.table.weight)
+
+
+def test_momenta_begin_when_they_are_asked_for():
+    model, *rest = small()
+    opt = optim.SINGD(model, alpha1=0.0, interval=1)
+    take_steps(opt, model, *rest, 1)
+    opt.param_groups[0]["alpha1"] = 0.5
+    take_steps(opt, model, *rest, 2)
+    assert opt.factors(model[0].weight)["m_K"].norm() > 0
+
+
+def test_freezing_a_bias_keeps_the_factors():
+    model, *rest = small()
+    opt = optim.SINGD(model, interval=1, lr_cov=0.1)
+    take_steps(opt, model, *rest, 5)
+    before = opt.factors(model[0].weight)["K"].to_dense().clone()
+    model[0].bias.requires_grad_(False)
+    take_steps(opt, model, *rest, 1)
+    after = opt.factors(model[0].weight)["K"].to_dense()
+    assert after.shape == before.shape and (after - before).norm() < 0.5 * (before - torch.eye(5)).norm()
+
+
+def test_a_buffer_of_the_fallback_is_no_momentum():
+    model, *rest = small()
+    model[0].weight.requires_grad_(False)
+    opt = optim.SINGD(model, fallback="sgd", fallback_options={"momentum": 0.9}, interval=1)
+    take_steps(opt, model, *rest, 3)
+    model[0].weight.requires_grad_(True)
+    take_steps(opt, model, *rest, 1)
+    assert all(opt.state[p]["kind"] > 0 for p in model[2].parameters())
+    assert opt.state[model[0].weight]["kind"] == 1
+
+
+def test_decay_is_not_rounded_to_the_default_data_type():
+    model, *rest = small()
+    opt = optim.KFAC(model, decay=0.999, interval=1, lr=0.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        take_steps(opt, model, *rest, 1)
+        A = opt.factors(model[0].weight)["A"].to_dense().clone()
+        take_steps(opt, model, rest[0], 10 * rest[1], rest[2], 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    change = (opt.factors(model[0].weight)["A"].to_dense() - A).norm() / A.norm()
+    assert 0.01 < change < 0.2
