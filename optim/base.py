@@ -31,5 +31,5 @@ class CurvatureOptimizer(Optimizer, ABC):
         """Add the curvature of the last backward pass to a sum, as that pass did with its gradient.
 
         To be called after each backward pass whose gradients accumulate. The call after the last one
-        may be left out.
+        may be left out. `SINGD`, `INGD`, `IKFAC` and `KFAC` add up on their own: there it does nothing.
         """
