@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from optim.bucket import Bucket, Slot
-from optim.layers import Layer, Layers, labels
+from optim.labels import labels
+from optim.layers import Layer, Layers
 from optim.placement import Alone, Group
 from optim.structure import DIAGONAL, Structure, structures_of
 

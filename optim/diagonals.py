@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack_ext import Extension, HesScale
+from optim.labels import called
 from optim.state import state_dtype
 
 # A tensor as it was when we looked. The reference is weak: the next pass replaces the diagonal, and
@@ -185,8 +186,6 @@ def frozen(groups: list[dict], p: Tensor) -> bool:
 def with_gradient(groups: list[dict]) -> Iterator[tuple[Tensor, str]]:
     """Yield each parameter that has a gradient, and what to call it in a message."""
     for k, group in enumerate(groups):
-        names = group.get("param_names")
         for i, p in enumerate(group["params"]):
             if p.grad is not None:
-                place = f"{i} of group {k}, of shape {tuple(p.shape)},"
-                yield p, f"parameter {repr(names[i]) if names else place}"
+                yield p, f"parameter {called(k, group, i)}"

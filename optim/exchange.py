@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvature import StructuredMatrix
 from optim.buckets import Buckets
-from optim.layers import Layer, labels
+from optim.labels import labels
+from optim.layers import Layer
 from optim.placement import Group
 from optim.sharded import is_sharded
 from optim.statistics import Moments
@@ -91,10 +92,8 @@ class Exchange:
         sums: dict[Layer, tuple[StructuredMatrix, Tensor, StructuredMatrix]] = {}
         messages: dict[int, list[Tensor]] = {}
         for layer, m in moments.items():
-            g, dtype = (
-                layer.form.groups,
-                torch.promote_types(self.buckets.dtype_of(layer), torch.float32),
-            )
+            g = layer.form.groups
+            dtype = torch.promote_types(self.buckets.dtype_of(layer), torch.float32)
             like = torch.empty(0, dtype=dtype, device=layer.weight.device)
             first, second = self.buckets.sides_of(layer)
             rows = torch.zeros(g, dtype=dtype, device=like.device) + m.rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -238,13 +238,3 @@ def _without_bias(form: Form) -> Form:
     if form.bias_axes is None:
         return form
     return Form(form.groups, form.rows, form.columns - 1, form.axes, None, form.one_hot)
-
-
-def labels(groups: list[Mapping]) -> dict[Tensor, str]:
-    """Return what to call each parameter in messages."""
-    found = {}
-    for k, group in enumerate(groups):
-        names = group.get("param_names")
-        for i, p in enumerate(group["params"]):
-            found[p] = repr(names[i]) if names else f"{i} of group {k}, of shape {tuple(p.shape)},"
-    return found

@@ -26,7 +26,8 @@ from optim.buckets import FALLBACK, JOINED, REFUSED, WEIGHT, Buckets
 from optim.checkpoint import CLOCK, check_saved, loaded_entry
 from optim.exchange import Exchange
 from optim.fallback import Fallback
-from optim.layers import Layer, Layers, labels
+from optim.labels import labels
+from optim.layers import Layer, Layers
 from optim.momentum import momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
@@ -40,7 +41,7 @@ from optim.structure import Structure, structures_of
 class NaturalGradient(CurvatureOptimizer):
     """Base class: which layers there are, when to refresh, statistics, state, the step.
 
-    Subclasses say which matrices a layer has (`_slots`), what to keep of a moment (`moment`), how a
+    Subclasses say which matrices a layer has (`slots`), what to keep of a moment (`_project`), how a
     refresh changes the matrices (`_refresh`), and how they act on a gradient (`_precondition`).
 
     Args:

@@ -11,7 +11,6 @@ gradient methods? A second-order perspective.
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from optim.rootfree_updates import (
     wide_gradient,
 )
 from optim.rounding import HALF_TYPES, seeded_generator
+from optim.sharded import is_sharded
 from optim.state import by_device_and_dtype, exact_loading, state_dtype
 
 # What a checkpoint holds in the place of a function, which torch.load would refuse.
@@ -214,13 +214,13 @@ class RootFree(Optimizer, ABC):
         found = [math.nan] * len(params)
         numbers = list(range(len(params)))
         for gs, ks in by_device_and_dtype([p.grad for p in params], numbers):
-            if all(g.is_cpu and not _is_distributed(g) for g in gs):
+            if all(g.is_cpu and not is_sharded(g) for g in gs):
                 # there, a maximum norm takes fifteen times as long
                 extremes = [torch.aminmax(g) for g in gs]
                 norms = [torch.maximum(-least, most) for least, most in extremes]
             else:
                 norms = torch._foreach_norm(gs, math.inf)
-                norms = [n.full_tensor() if _is_distributed(n) else n for n in norms]
+                norms = [n.full_tensor() if is_sharded(n) else n for n in norms]
             for k, value in zip(ks, torch.stack(norms).tolist(), strict=True):
                 found[k] = value
         return found
@@ -298,12 +298,6 @@ class RootFree(Optimizer, ABC):
 
 def _check_checkpoint(optimizer: RootFree, state_dict: dict[str, Any]) -> dict[str, Any]:
     return optimizer._check_checkpoint(state_dict)
-
-
-def _is_distributed(t: Tensor) -> bool:
-    # whoever made one has imported the module, which takes half a second
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
 
 
 def _zeros(p: Tensor) -> Tensor:
@@ -690,7 +684,7 @@ class RFShampoo(RootFree):
             ValueError: If an option is out of its range or a structure is unknown.
         """
         super().add_param_group(param_group)
-        if any(_is_distributed(p) for p in self.param_groups[-1]["params"]):
+        if any(is_sharded(p) for p in self.param_groups[-1]["params"]):
             del self.param_groups[-1]
             raise TypeError(
                 "RFShampoo: expected parameters that are whole on this process, got a distributed "
