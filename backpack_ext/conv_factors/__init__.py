@@ -1,0 +1,1 @@
+"""Input factors of convolutions without unfolding."""
