@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class PerSample(Extension):
 
     # Whether the result is laid out like the parameter (per entry) or by datum only.
     per_entry = True
+    # Whether the results of some data at a time, joined, are the result of all, at no extra cost.
+    in_parts = True
 
     def absorb(self, store: dict, unit: Unit) -> None:
         """Add one layer's quantity, or its per-sample vectors if other roles are to come."""
@@ -59,11 +62,12 @@ class PerSample(Extension):
                 entry.add(self._placed(self.of_grads(normal.bias_per_sample(unit.b)), unit, role))
             else:
                 G = unit.weight_grads
-                if G is None or not self.takes_grads(unit.a, unit.b):
-                    value = self.of_weight(unit.a, unit.b)
-                else:
-                    value = self.of_grads(G)
-                entry.add(self._placed(value, unit, role))
+                if G is not None and self.takes_grads(unit.a, unit.b):
+                    entry.add(self._placed(self.of_grads(G), unit, role))
+                    continue
+                parts = unit.input_parts() if self.in_parts else [(slice(None), unit.a)]
+                values = (self.of_weight(a, unit.b[:, :, data]) for data, a in parts)
+                entry.add(reduce(self.join, (self._placed(value, unit, role) for value in values)))
 
     def takes_grads(self, a: Tensor, b: Tensor) -> bool:
         """Whether per-sample vectors that others have formed are of use."""
@@ -205,6 +209,7 @@ class BatchGrad(PerSample):
 
     forms_grads = True
     per_datum = True
+    in_parts = False  # joining would copy what is as large as the inputs
 
     def __init__(
         self,
@@ -288,6 +293,7 @@ class BatchDotGrad(PerSample):
     per_entry = False
     power = 2
     forms_grads = True
+    in_parts = False  # a datum's dot products are with all others
 
     def __init__(self, savefield: str = "batch_dot", unsupported: str = "raise"):
         super().__init__(savefield, unsupported)

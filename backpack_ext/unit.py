@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isfinite, nan
 
 import torch
@@ -13,6 +13,10 @@ from backpack_ext.normal import CHUNK, OneHot, bias_per_sample, cat_inputs, per_
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
+
+
+# Entries of inputs that are formed at once where they are formed in parts.
+PART = 2**20
 
 
 class Unit:
@@ -102,6 +106,26 @@ class Unit:
             if self.cotangents and not isinstance(self._a, OneHot):
                 self._a = self._a.to(torch.promote_types(self._a.dtype, self.dtype))
         return self._a
+
+    def input_parts(self) -> Iterator[tuple[slice, Tensor | OneHot]]:
+        """Yield the inputs, of some data at a time where they are large and nobody has formed them.
+
+        Patches of convolutions are many times as large as the input; in parts they stay in reused memory.
+        """
+        if self._a is None and len(self.sites) == 1 and not self._in_sharing:
+            g, _, n, s, o = self.b.shape
+            features = self.parameters["weight"].numel() // max(1, g * o)
+            step = max(1, PART // max(1, g * s * features))
+            for k in range(0, n, step) if step < n else ():
+                data = slice(k, k + step)
+                a = _rule(self.sites[0], self.rule).inputs_of(self.sites[0], data)
+                if a is None:
+                    break
+                yield data, _with_group(a, 3).to(torch.promote_types(a.dtype, self.dtype))
+            else:
+                if step < n:
+                    return
+        yield slice(None), self.a
 
     @property
     def mean_a(self) -> Tensor | None:

@@ -21,8 +21,10 @@ from backpack_ext import (
     backpack,
     extend,
     normal,
+    unit,
 )
 from backpack_ext.normal import OneHot
+from backpack_ext.rules.affine import ConvRule
 
 N = 3
 APPROX = ("expand", "reduce")
@@ -163,6 +165,38 @@ def test_conv_transpose(row: tuple):
     cls = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
     torch.manual_seed(1)
     check(lambda: cls(shape[0], out, kernel, **options), torch.randn(N, *shape).double())
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("data_at_once", [1, 2])
+@pytest.mark.parametrize("row", CONVS, ids=conv_id)
+def test_conv_in_parts(row: tuple, data_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Patches are formed for some data at a time where nobody needs them whole."""
+    dims, shape, out, kernel, options = row
+    torch.manual_seed(1)
+    model = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](shape[0], out, kernel, **options).double()
+    x = torch.randn(N, *shape).double()
+    problem = Problem(model, (x,), nn.MSELoss(), torch.randn_like(model(x).detach()))
+    G, diag = per_sample_grads(problem)["weight"], ggn_diag(problem)["weight"]
+    extend(model), extend(problem.loss_fn)
+    pixels = problem.target[0, 0].numel()
+    monkeypatch.setattr(unit, "PART", data_at_once * pixels * G[0, 0].numel() * model.groups)
+    with backpack(BatchGrad()):
+        problem.loss().backward()  # the layer is checked once, which needs the patches
+    parts = ConvRule.inputs_of
+    monkeypatch.setattr(ConvRule, "inputs", lambda *args: pytest.fail("formed as a whole"))
+    calls = []
+    monkeypatch.setattr(ConvRule, "inputs_of", lambda *args: calls.append(1) or parts(*args))
+    for ext in (SumGradSquared, Variance, BatchL2Grad, DiagGGN):
+        calls.clear()
+        with backpack(ext()):
+            problem.loss().backward()
+        assert len(calls) == -(-N // data_at_once), ext
+    p = model.weight
+    close(p.sum_grad_squared, G.square().sum(0))
+    close(p.variance, G.var(0, correction=0))
+    close(p.batch_l2, G.square().flatten(1).sum(1))
+    close(p.diag_ggn_exact, diag)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, "flipped strides"])
@@ -482,12 +516,29 @@ def test_chunks(name: str, data_at_once: int, monkeypatch: pytest.MonkeyPatch):
     formed = []
     explicit = normal.per_sample
     monkeypatch.setattr(normal, "per_sample", lambda a, b: formed.append(explicit(a, b)) or formed[-1])
-    monkeypatch.setattr(normal, "CHUNK", data_at_once * g * v * o * i)
+    monkeypatch.setattr(normal, "PIECE", data_at_once * g * v * o * i)
     G = per_sample(a, b)
     close(normal.square_sum(a, b), G.square().sum((0, 1)))
     close(normal.square_norms(a, b), torch.einsum("vngoi->gvn", G.square()))
     assert len(formed) == 2 * -(-n // data_at_once)
-    assert max(part.numel() for part in formed) <= normal.CHUNK
+    assert max(part.numel() for part in formed) <= normal.PIECE
+
+
+@pytest.mark.parametrize("outputs_at_once", [1, 2])
+@pytest.mark.parametrize("name", ["long", "long, groups"])
+def test_chunks_of_outputs(name: str, outputs_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Of large layers, per-sample vectors are formed for some output features at a time."""
+    g, v, n, s, i, o = SIZES[name]
+    torch.manual_seed(0)
+    a, b = torch.randn(g, n, s, i).double(), torch.randn(g, v, n, s, o).double()
+    formed = []
+    explicit = normal.per_sample
+    monkeypatch.setattr(normal, "per_sample", lambda a, b: formed.append(explicit(a, b)) or formed[-1])
+    monkeypatch.setattr(normal, "PIECE", outputs_at_once * g * v * i)
+    G = per_sample(a, b)
+    close(normal.square_sum(a, b), G.square().sum((0, 1)))
+    close(normal.square_norms(a, b), torch.einsum("vngoi->gvn", G.square()))
+    assert len(formed) == 2 * n * -(-o // outputs_at_once)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -103,14 +103,25 @@ class ConvRule(_SpatialRule):
 
     def inputs(self, site: Site) -> Tensor:
         """Return the patches ``a[g,n,s,(c k)]``; any stride, dilation, padding and padding mode."""
-        m, x = site.module, self._check(site)
+        x = self._check(site)
+        return self._pixels(site, self._patches(site.module, x), site.module.groups)
+
+    def inputs_of(self, site: Site, data: slice) -> Tensor | None:
+        """Return the patches of some of the data, where each datum is one image."""
+        x = self._check(site)
+        if site.broadcast or site.sharing is not None or len(x) != site.batch:
+            return None
+        u = self._patches(site.module, x[data]).chunk(site.module.groups, dim=2)
+        return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
+
+    def _patches(self, m: nn.Module, x: Tensor) -> Tensor:
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
         elif m.padding == "same":
             x = F.pad(x, m._reversed_padding_repeated_twice)
         elif m.padding != "valid" and any(m.padding):
             x = F.pad(x, [p for p in reversed(m.padding) for _ in range(2)])
-        return self._pixels(site, patches(x, m.kernel_size, m.stride, m.dilation), m.groups)
+        return patches(x, m.kernel_size, m.stride, m.dilation)
 
     def mean_inputs(self, site: Site) -> Tensor | None:
         """Return the means of the patches over the pixels of each image, without forming patches."""

@@ -102,6 +102,14 @@ class Rule(ABC):
         """
         return None
 
+    def inputs_of(self, site: Site, data: slice) -> Tensor | None:
+        """Return the inputs of some of the data.
+
+        For rules whose `inputs` are much larger than the layer's own; None by default, which stands
+        for those.
+        """
+        return None
+
     @abstractmethod
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Bring vectors at the output to the normal form.
