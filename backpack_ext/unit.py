@@ -14,7 +14,6 @@ from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
 
-
 # Entries of inputs that are formed at once where they are formed in parts.
 PART = 2**20
 
@@ -110,7 +109,7 @@ class Unit:
     def input_parts(self) -> Iterator[tuple[slice, Tensor | OneHot]]:
         """Yield the inputs, of some data at a time where they are large and nobody has formed them.
 
-        Patches of convolutions are many times as large as the input; in parts they stay in reused memory.
+        Patches of convolutions are many times as large as the input; parts of them take turns in memory.
         """
         if self._a is None and len(self.sites) == 1 and not self._in_sharing:
             g, _, n, s, o = self.b.shape
