@@ -43,6 +43,10 @@ class PerSample(Extension):
     def of_grads(self, G: Tensor) -> Tensor:
         """Return the quantity from per-sample vectors ``G[v,n,g,o,i]``, laid out likewise."""
 
+    def of_bias(self, b: Tensor) -> Tensor:
+        """Return the quantity of a bias from ``b[g,v,n,s,o]``, laid out likewise, in its own memory."""
+        return self.of_grads(normal.bias_per_sample(b, copy=False))
+
     # Whether the result is laid out like the parameter (per entry) or by datum only.
     per_entry = True
     # Whether the results of some data at a time, joined, are the result of all, at no extra cost.
@@ -59,7 +63,7 @@ class PerSample(Extension):
             elif unit.rule.elementwise:
                 self._add_whole(entry, unit.grads(role))
             elif role == "bias":
-                entry.add(self._placed(self.of_grads(normal.bias_per_sample(unit.b)), unit, role))
+                entry.add(self._placed(self.of_bias(unit.b), unit, role))
             else:
                 G = unit.weight_grads
                 if G is not None and self.takes_grads(unit.a, unit.b):
@@ -83,7 +87,7 @@ class PerSample(Extension):
         b = stack_vectors(units)
         for role in unit.parameters:
             if role == "bias":
-                value = self.of_grads(normal.bias_per_sample(b))
+                value = self.of_bias(b)
             else:
                 value = self.of_weight(stack_inputs(units), b)
             axis = value.dim() - 3 if self.per_entry else 0
@@ -234,6 +238,10 @@ class BatchGrad(PerSample):
             a = a.select(index) if isinstance(a, normal.OneHot) else a[:, index]
             b = b[:, :, index]
         return normal.per_sample(a, b)[0]
+
+    def of_bias(self, b):
+        """``sum_s b`` for the chosen data."""
+        return self.of_grads(normal.bias_per_sample(b))
 
     def of_grads(self, G):
         """``G[0]``, the chosen data."""

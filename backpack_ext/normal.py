@@ -185,9 +185,10 @@ def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:
     return G.permute(1, 2, 0, 3, 4)
 
 
-def bias_per_sample(b: Tensor) -> Tensor:
-    """Return ``sum_s b``, laid out as ``[v,n,g,o,1]``."""
-    return b.sum(3).permute(1, 2, 0, 3).unsqueeze(-1)
+def bias_per_sample(b: Tensor, copy: bool = True) -> Tensor:
+    """Return ``sum_s b``, laid out as ``[v,n,g,o,1]``; without ``copy`` a view if there is one s."""
+    b = b[:, :, :, 0] if b.shape[3] == 1 and not copy else b.sum(3)
+    return b.permute(1, 2, 0, 3).unsqueeze(-1)
 
 
 def square_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
@@ -200,7 +201,8 @@ def square_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
         out = rows.new_zeros(a.size, rows.shape[-1])
         return out.index_add_(0, keys % a.size, rows.square().sum(0)).T.unsqueeze(0)
     if a.shape[2] == 1:
-        b2, a2 = b.squeeze(3).square().sum(1), a.squeeze(2).square()
+        b2, a2 = b.squeeze(3).square(), a.squeeze(2).square()
+        b2 = b2[:, 0] if b2.shape[1] == 1 else b2.sum(1)  # torch's sum of one term is a copy
         return (b2[0].mT @ a2[0])[None] if a.shape[0] == 1 else b2.mT @ a2
     total = b.new_zeros(
         a.shape[0], b.shape[-1], a.shape[-1], dtype=torch.promote_types(a.dtype, b.dtype)
