@@ -10,6 +10,7 @@ from backpack_ext import KFAC, backpack, extend
 from backpack_ext.conv_factors import patch_means
 from backpack_ext.conv_factors.cost import cheapest, cost, plans_of
 from backpack_ext.conv_factors.geometry import Geometry
+from benchmarks.conv_factors.__main__ import main
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -181,6 +182,14 @@ def test_large_joined_weights_are_not_formed():
     geometry = geometry_of(nn.Conv2d(1, 1, 91, padding=45), torch.zeros(1, 1, 90, 90))
     assert not cheapest(geometry, 64).joined
     assert all(sum(plan.periods) for plan in plans_of(geometry) if plan.joined)
+
+
+def test_benchmark(tmp_path, capsys):
+    cases = ["32x16x16", "k80", "T 64x28x28"]
+    found = main(["--quick", "--parts", "reduce", "--cases", *cases, "--out", str(tmp_path)])
+    assert [row["case"].split()[0] for row in found["parts"]["reduce"]] == ["32x16x16", "1x16000", "T"]
+    assert all({row["chosen"], "unfold"} <= set(row["seconds"]) for row in found["parts"]["reduce"])
+    assert "of 3 cases the choice took more than" in capsys.readouterr().out
 
 
 # -- in KFAC ---------------------------------------------------------------------------------------

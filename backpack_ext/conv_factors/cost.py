@@ -85,7 +85,7 @@ class Costs:
     written: float
 
 
-CPU = Costs(call=3000, summed=0.25, chunk=4.0, read=1.1, multiplied=0.03, written=1.3)
+CPU = Costs(call=2000, summed=0.24, chunk=1.5, read=1.3, multiplied=0.012, written=0.8)
 ACCELERATOR = Costs(call=5000, summed=0.0015, chunk=0.0, read=0.0015, multiplied=0.00005, written=0.003)
 
 
@@ -102,7 +102,8 @@ def cost(plan: Plan, geometry: Geometry, rows: int, costs: Costs = CPU, last: bo
     axes = axes_of(geometry)
     sizes, contiguous = [axis.size for axis in axes], all(axis.step == 1 for axis in axes)
     if plan.joined and plan.is_sum(geometry):
-        return costs.call * 2 + rows * (costs.summed * prod(sizes) + costs.chunk)
+        jumps = costs.read * prod(sizes) if last and not contiguous else 0
+        return costs.call * 2 + rows * (costs.summed * prod(sizes) + costs.chunk + jumps)
     calls, each = 0, 0.0
     for d, period in enumerate(plan.periods):
         if not period:
@@ -118,7 +119,7 @@ def cost(plan: Plan, geometry: Geometry, rows: int, costs: Costs = CPU, last: bo
         calls += 1 + 2 * (core.rows > period)
         contiguous = True
     if plan.joined:
-        read = costs.read / 2 if last and contiguous else costs.read  # larger blocks, one per image
+        read = costs.read / 2 if last else costs.read  # larger blocks, one per image
         each += read * prod(sizes) + costs.multiplied * prod(sizes) * geometry.entries
         each += 0 if contiguous else costs.written * prod(sizes)
         return costs.call * (calls + 1) + rows * each
