@@ -163,8 +163,8 @@ def cheapest(geometry: Geometry, rows: int, costs: Costs = CPU, last: bool = Fal
         >>> def choose(module, channels, size):
         ...     x, y = (32, channels, size, size), (32, 1, *[(size - 1) // module.stride[0] + 1] * 2)
         ...     return str(cheapest(Geometry.of(module, x, y), 32 * channels))
-        >>> choose(nn.Conv2d(64, 64, 3, padding=1), 64, 56)  # rows are summed, but for two
-        'core 1,- joined'
+        >>> choose(nn.Conv2d(64, 64, 3, padding=1), 64, 56)  # summed, but for its edges
+        'core 1,1 joined'
         >>> choose(nn.Conv2d(512, 512, 3, padding=1), 512, 7)  # a small map
         'joined'
         >>> choose(nn.Conv2d(512, 512, 1), 512, 7)  # a mean
