@@ -17,12 +17,13 @@ from backpack_ext.normal import gram
 from backpack_ext.share import Part, Share
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_vectors
-from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum
+from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum, Root
 
 FISHER = ("exact", "mc", "empirical", "forward")
 BIASES = ("joint", "separate")
 OVERSIZE = ("raise", "diagonal")
 NORM = ("dense", "diagonal")
+KEEP = ("factor", "root")
 
 
 class KFAC(Extension):
@@ -75,6 +76,10 @@ class KFAC(Extension):
         max_dim: Largest dense factor dimension.
         oversize: Beyond ``max_dim``: ``"raise"``, or keep only the ``"diagonal"`` of the factor.
         norm: Blocks of norms: ``"dense"`` or ``"diagonal"``.
+        keep: ``"factor"``: A is formed. ``"root"``: where A is the second moment of fewer rows than its
+            dimension (data in reduce, data times positions in expand), the block's A is a
+            `curvature.Root` of these rows, and formed when it is asked for, as unpacking does. Batches
+            of a data set add rows, until A is no larger; over processes (``process_group``) A is formed.
 
     Raises:
         ValueError: If an option is none of those listed.
@@ -110,6 +115,7 @@ class KFAC(Extension):
         max_dim: int = 16384,
         oversize: str = "raise",
         norm: str = "dense",
+        keep: str = "factor",
     ):
         for name, value, allowed in (
             ("approx", approx, APPROX),
@@ -117,6 +123,7 @@ class KFAC(Extension):
             ("bias", bias, BIASES),
             ("oversize", oversize, OVERSIZE),
             ("norm", norm, NORM),
+            ("keep", keep, KEEP),
         ):
             if value not in allowed:
                 raise ValueError(f"KFAC: {name}={value!r}; expected one of {allowed}.")
@@ -125,7 +132,7 @@ class KFAC(Extension):
         self.approx, self.fisher, self.bias = approx, fisher, bias
         self.dtype, self.max_columns = dtype, max_columns
         self.rows = FactorRows(approx, dtype)
-        self.max_dim, self.oversize, self.norm = max_dim, oversize, norm
+        self.max_dim, self.oversize, self.norm, self.keep = max_dim, oversize, norm, keep
         kinds = {"empirical": "gradient", "forward": "none"}
         self.vectors = Vectors(kinds.get(fisher, fisher), mc_samples)
         # one column for all data mixes them where a layer couples them; independent samples do not
@@ -208,10 +215,15 @@ class KFAC(Extension):
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
         if new:
             a = self.rows.inputs_of([u for _, u in new])
+            normalize = self.rows.normalize(unit)
+            if self._keeps_root(a, unit):
+                for (layer, _), part in zip(new, a.split(groups), strict=True):
+                    layer.add_A(*self._root(part, unit), a.shape[1])
+                    layer.normalize = normalize
+                return
             A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
             last = self._last_row(a, unit)
             last = [None] * len(A) if last is None else last.split(groups)
-            normalize = self.rows.normalize(unit)
             for (layer, _), part, row in zip(new, A, last, strict=True):
                 layer.add_A(part, row, a.shape[1])
                 layer.normalize = normalize
@@ -223,9 +235,27 @@ class KFAC(Extension):
             layer.add_A(A, None, rows)
         else:
             a = self.rows.inputs_of([unit])
-            A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
-            layer.add_A(A, self._last_row(a, unit), a.shape[1])
+            if self._keeps_root(a, unit):
+                A, last = self._root(a, unit)
+            else:
+                A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
+                last = self._last_row(a, unit)
+            layer.add_A(A, last, a.shape[1])
         layer.normalize = self.rows.normalize(unit)
+
+    def _keeps_root(self, a: Tensor, unit: Unit) -> bool:
+        """Whether A is kept as its rows ``a[g,r,i]``."""
+        few = self.keep == "root" and 0 < a.shape[1] < a.shape[2]
+        return few and self._fits(a.shape[2], "factor A", unit)
+
+    def _root(self, a: Tensor, unit: Unit) -> tuple[Root, Tensor | None]:
+        """Return A of rows ``a[g,r,i]`` as a root, and the mean row of a joined bias, ``[g,i+1]``."""
+        root = a.shape[1] ** -0.5
+        last = self._last_row(a, unit)
+        if last is not None:  # its column is part of the rows
+            ones = self.rows.constants(a, unit)[:, None].expand(len(a), -1, 1)
+            a = torch.cat([a, ones], dim=2)
+        return Root(a * root), last
 
     def _divisors(self, layer: _Layer, unit: Unit) -> Tensor | None:
         """Return the number of positions per datum if B takes the mean over them; None otherwise.
@@ -316,7 +346,7 @@ class KFAC(Extension):
         blocks = []
         if weight is not None:
             joint = self.joins(parameters)
-            if joint:
+            if joint and not isinstance(A, Root):
                 A = _append_row(A, layer.last)
             A = A if groups > 1 else A[0]
             axes = MATRIX if "weight" in layer.parts else layer.axes
@@ -423,7 +453,14 @@ class _Layer:
         """Average A and its last row with those of further rows."""
         if self.A is not None and rows + self.rows:
             part = rows / (rows + self.rows)
-            A = self.A + part * (A - self.A)
+            joined = None
+            if isinstance(self.A, Root) and isinstance(A, Root):
+                joined = self.A.mixed(A, part)
+            if isinstance(joined, Root):
+                A = joined
+            else:
+                mine = _without_row(self.A, self.last)
+                A = mine + part * (_without_row(A, last) - mine)
             last = None if last is None else self.last + part * (last - self.last)
         self.A, self.last, self.rows = A, last, self.rows + rows
 
@@ -437,8 +474,9 @@ class _Layer:
         share = Share(("layer", family, *named.items(), *parts), named)
         share.frame = ("layer", self.groups, self.axes, self.bias_axes, parts, summed)
         bias_B = self.B if summed and self.bias_B is None else self.bias_B
+        A = None if self.A is None else _without_row(self.A, self.last)
         for name, t, power, times in (
-            ("A", self.A, 0, self.rows),
+            ("A", A, 0, self.rows),
             ("last", self.last, 0, self.rows),
             ("B", self.B, 1, 1),
             ("bias_B", bias_B, 1, 1),
@@ -512,3 +550,11 @@ def _append_row(A: Tensor, last: Tensor) -> Tensor:
         return torch.cat([A, last[:, -1:]], dim=1)
     top = torch.cat([A, last[:, :-1].unsqueeze(2)], dim=2)
     return torch.cat([top, last.unsqueeze(1)], dim=1)
+
+
+def _without_row(A: Tensor | Root, last: Tensor | None) -> Tensor:
+    """Return A itself, ``[g,i,i]``, of a root that may have the column of a joined bias."""
+    if not isinstance(A, Root):
+        return A
+    formed = A.dense()
+    return formed if last is None else formed[:, :-1, :-1]

@@ -19,6 +19,7 @@ from curvature.kronecker_sum import KroneckerSum
 from curvature.lowrank import LowRank
 from curvature.mixed import Mixed
 from curvature.operator import BlockDiagonalOperator
+from curvature.root import Root
 from curvature.shifted import Shifted
 from curvature.storage import block_from_state_dict
 from curvature.structured import NaiveWarning, StructuredMatrix
@@ -56,6 +57,7 @@ __all__ = [
     "NaiveWarning",
     "RankKLower",
     "RankKUpper",
+    "Root",
     "Shifted",
     "Stacked",
     "StructuredMatrix",

@@ -20,6 +20,7 @@ from curvature.decomposition import (
 )
 from curvature.eigen import KroneckerEigen
 from curvature.matrix_block import MatrixBlock, layout_of, same_layout
+from curvature.root import Root, dense, mixed
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +35,10 @@ class Kronecker(MatrixBlock):
     Args:
         B: Factor of the layer's outputs, ``[o, o]``; ``[o]`` if diagonal. With ``groups > 1`` both
             factors have a leading group axis.
-        A: Factor of the layer's inputs, ``[i, i]``; ``[i]`` if diagonal (one-hot inputs).
+        A: Factor of the layer's inputs, ``[i, i]``; ``[i]`` if diagonal (one-hot inputs). A `Root` where
+            it is the second moment of fewer rows than i: products, traces, sums and factored inverses
+            then work with the rows, and A is formed where it is asked for (unpacking, eigenvectors,
+            `all_reduce`).
         axes: Map from the parameter's axes to ``[g, o, i]``.
         groups: Number of groups; the block is block-diagonal over them.
         joint: Whether the last input feature is the constant 1 that belongs to the bias. The
@@ -63,7 +67,7 @@ class Kronecker(MatrixBlock):
     """
 
     B: Tensor
-    A: Tensor
+    A: Tensor | Root
     axes: Axes = MATRIX
     groups: int = 1
     joint: bool = False
@@ -85,7 +89,7 @@ class Kronecker(MatrixBlock):
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack as ``B, A``."""
-        return iter((self.B, self.A))
+        return iter((self.B, dense(self.A)))
 
     def __repr__(self) -> str:
         kind = ", joint" if self.joint else ""
@@ -98,11 +102,15 @@ class Kronecker(MatrixBlock):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """B and A."""
+        """B and A; of a root ``A_rows``, and ``A_shift`` if it has one."""
+        if isinstance(self.A, Root):
+            return {"B": self.B, **{f"A_{name}": t for name, t in self.A.tensors.items()}}
         return {"B": self.B, "A": self.A}
 
     def replaced(self, **factors: Tensor) -> Kronecker:
         """Return the same with other factors."""
+        if "A_rows" in factors:
+            factors["A"] = Root(factors.pop("A_rows"), factors.pop("A_shift", None))
         return replace(self, **factors)
 
     def is_diagonal(self, name: str) -> bool:
@@ -115,8 +123,10 @@ class Kronecker(MatrixBlock):
         """Multiply the block with matrices ``V[..., g, o, i]``."""
         B, A = self.B.to(V.dtype), self.A.to(V.dtype)
         if self.groups == 1:
-            B, A = B[None], A[None]
+            B, A = B[None], A if isinstance(A, Root) else A[None]
         V = B[..., None] * V if self.is_diagonal("B") else B @ V
+        if isinstance(A, Root):
+            return A.right(V)
         return V * A[..., None, :] if self.is_diagonal("A") else V @ A.mT
 
     def transpose(self) -> Kronecker:
@@ -128,8 +138,8 @@ class Kronecker(MatrixBlock):
             tensor([[0., 0.],
                     [1., 0.]])
         """
-        turned = {k: t if self.is_diagonal(k) else t.mT for k, t in self.factors.items()}
-        return replace(self, **turned)
+        turned = {k: t if self.is_diagonal(k) else t.mT for k, t in self.factors.items() if k in "BA"}
+        return replace(self, **turned)  # a root is symmetric
 
     def trace(self) -> Tensor:
         r"""Return :math:`\sum_g \operatorname{tr} B_g \operatorname{tr} A_g`."""
@@ -156,7 +166,9 @@ class Kronecker(MatrixBlock):
         """
         # product of norms: squares of small or large factors might leave the range of their type
         norms = [
-            torch.linalg.vector_norm(factor, dim=dims, dtype=torch.float64)
+            factor.norm()
+            if isinstance(factor, Root)
+            else torch.linalg.vector_norm(factor, dim=dims, dtype=torch.float64)
             for factor, dims in (
                 (f, None if self.groups == 1 else tuple(range(1, f.dim()))) for f in (self.B, self.A)
             )
@@ -177,7 +189,7 @@ class Kronecker(MatrixBlock):
         self._check_same(other, "inner")
         total = 1.0
         for name in ("B", "A"):
-            mine, theirs = getattr(self, name), getattr(other, name)
+            mine, theirs = dense(getattr(self, name)), dense(getattr(other, name))
             if self.is_diagonal(name) or other.is_diagonal(name):
                 mine, theirs = self._diagonal(name), other._diagonal(name)
             product = widen(mine) * widen(theirs)
@@ -186,6 +198,8 @@ class Kronecker(MatrixBlock):
 
     def _diagonal(self, name: str) -> Tensor:
         factor = getattr(self, name)
+        if isinstance(factor, Root):
+            return factor.diagonal()
         return factor if self.is_diagonal(name) else factor.diagonal(dim1=-2, dim2=-1)
 
     # ------------------------------------------------------------------ groups
@@ -214,7 +228,9 @@ class Kronecker(MatrixBlock):
         rows = tuple(K.rows for K in blocks)
         return cls(
             torch.stack([K.B for K in blocks]),
-            torch.stack([K.A for K in blocks]),
+            Root.stacked([K.A for K in blocks])
+            if all(isinstance(K.A, Root) for K in blocks)
+            else torch.stack([dense(K.A) for K in blocks]),
             axes,
             len(blocks),
             blocks[0].joint,
@@ -248,7 +264,7 @@ class Kronecker(MatrixBlock):
         part, rows = theirs / (mine + theirs), mine + theirs
         if isinstance(rows, Tensor):
             part, rows = part.to(self.A.dtype), _numbers(rows)
-        return replace(self, B=self.B + other.B, A=self.A + part * (other.A - self.A), rows=rows)
+        return replace(self, B=self.B + other.B, A=mixed(self.A, other.A, part), rows=rows)
 
     def _rows(self) -> Tensor:
         """Return the rows in float64, shaped so that A can be multiplied with them."""
@@ -274,7 +290,11 @@ class Kronecker(MatrixBlock):
             tensor([[1.2000]])
         """
         self._check_same(other, "lerp")
-        return replace(self, B=self.B.lerp(other.B, weight), A=self.A.lerp(other.A, weight))
+        if isinstance(self.A, Root) or isinstance(other.A, Root):
+            A = mixed(self.A, other.A, weight)
+        else:
+            A = self.A.lerp(other.A, weight)
+        return replace(self, B=self.B.lerp(other.B, weight), A=A)
 
     def _check_same(self, other: Kronecker, what: str) -> None:
         diagonals = [K.is_diagonal(name) for K in (self, other) for name in ("B", "A")]
@@ -289,7 +309,8 @@ class Kronecker(MatrixBlock):
         rows = self._rows()
         if self.groups > 1 and not rows.dim():  # another process's groups may differ in rows
             rows = rows.expand(self.groups, *[1] * (self.A.dim() - 1)).contiguous()
-        return [self.B, (widen(self.A) * rows).to(widen(self.A).dtype), rows]
+        A = widen(dense(self.A))
+        return [self.B, (A * rows).to(A.dtype), rows]
 
     def from_numerators(self, summed: list[Tensor], scale: float) -> Kronecker:
         """Return the block with the accumulated factors."""
@@ -411,8 +432,10 @@ class Kronecker(MatrixBlock):
         return pi[:, None] if self.groups > 1 else pi
 
     def _inverse_factor(self, name: str, shift: Tensor, method: str) -> Tensor:
-        owner = f"Kronecker.inverse: factor {name}"
-        factor = widen(getattr(self, name))
+        owner, factor = f"Kronecker.inverse: factor {name}", getattr(self, name)
+        if isinstance(factor, Root) and factor.shift is None and bool((shift > 0).all()):
+            return factor.inverse(shift[..., 0] if self.groups > 1 else shift)
+        factor = widen(dense(factor))
         if self.is_diagonal(name) or method == "factored":
             values, basis = self._spectrum(name, vectors=True)
             values = values + shift
@@ -433,7 +456,12 @@ class Kronecker(MatrixBlock):
         if self.is_diagonal(name):
             check_finite(label, factor)
             return nonnegative(label, widen(factor), factor.dtype), None
-        return eigh(label, factor, vectors)
+        if isinstance(factor, Root):
+            check_finite(label, factor.rows)
+            few = factor.shift is None and factor.rows.shape[-2] <= factor.shape[-1]
+            if few and not vectors:
+                return factor.eigenvalues(label), None
+        return eigh(label, dense(factor), vectors)
 
     def _outer(self, b: Tensor, a: Tensor) -> Tensor:
         """Return the products of eigenvalues as ``[g, o, i]``."""
@@ -452,7 +480,8 @@ class Kronecker(MatrixBlock):
     def from_state_dict(cls, state: dict) -> Kronecker:
         """Make a block of what `state_dict` returned."""
         rows = tuple(state["rows"]) if isinstance(state["rows"], list) else state["rows"]
-        return cls(state["B"], state["A"], **layout_of(state), rows=rows)
+        A = Root(state["A_rows"], state.get("A_shift")) if "A_rows" in state else state["A"]
+        return cls(state["B"], A, **layout_of(state), rows=rows)
 
 
 def _numbers(rows: Tensor) -> float | tuple[float, ...]:

@@ -63,7 +63,7 @@ class KroneckerSum(Block):
     def replaced(self, **factors: Tensor) -> KroneckerSum:
         """Return the same kind of sum with other factors."""
         terms = [
-            term.replaced(**{k: factors[f"{k}{n}"] for k in "BA" if f"{k}{n}" in factors})
+            term.replaced(**{k: factors[f"{k}{n}"] for k in term.factors if f"{k}{n}" in factors})
             for n, term in enumerate(self.terms)
         ]
         return KroneckerSum(tuple(terms))

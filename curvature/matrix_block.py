@@ -74,6 +74,7 @@ class MatrixBlock(Block):
             return self.axes.to_parameter(V)
         return self.axes.to_parameter(V[..., :-1]), V[..., -1].flatten(-2)
 
+    @without_autocast
     def to_dense(self) -> Tensor:
         """Return the dense matrix ``[p, p]``.
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from backpack_ext import KFAC, backpack, extend
-from backpack_ext.rules.affine import ConvRule
+from backpack_ext.rules.affine import ConvRule, ConvTransposeRule
 
-DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose2d: 2}
 CASES = [
     (nn.Conv1d, {"kernel_size": 3}),
     (nn.Conv1d, {"kernel_size": 4, "stride": 2, "padding": 3, "dilation": 2}),
@@ -15,12 +15,13 @@ CASES = [
     (nn.Conv2d, {"kernel_size": 3, "groups": 2, "padding": "same", "dilation": 2}),
     (nn.Conv2d, {"kernel_size": 3, "padding": 5}),
     (nn.Conv3d, {"kernel_size": (1, 2, 3), "padding": "valid", "groups": 2}),
-    # others are formed
     (nn.Conv2d, {"kernel_size": 2, "padding": "same"}),
     (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}),
+    (nn.ConvTranspose2d, {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 2}),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("cls, options", CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("rows", [1, 3], ids=["plain", "several images per datum"])
 def test_kfac_reduce(cls, options, rows, monkeypatch):
@@ -41,7 +42,8 @@ def test_kfac_reduce(cls, options, rows, monkeypatch):
         return found.A.clone(), found.B.clone()
 
     fast = factors()
-    monkeypatch.setattr(ConvRule, "mean_inputs", lambda rule, site: None)
+    for rule in (ConvRule, ConvTransposeRule):
+        monkeypatch.setattr(rule, "mean_inputs", lambda rule, site: None)
     for one, two in zip(fast, factors(), strict=True):
         torch.testing.assert_close(one, two)
 

@@ -47,6 +47,20 @@ class Dimension:
             return self.stride * i + self.dilation * k - self.before == o
         return self.stride * o + self.dilation * k - self.before == i
 
+    def met(self) -> Tensor:
+        """Return at how many output pixels (one, or none) an entry is met, ``[I, K]``.
+
+        That is ``pattern().sum(1)``, in memory that does not grow with O.
+        """
+        i = torch.arange(self.size)[:, None]
+        k = torch.arange(self.kernel)
+        if self.transposed:
+            o = self.stride * i + self.dilation * k - self.before
+            return ((o >= 0) & (o < self.out)).long()
+        times_stride = i + self.before - self.dilation * k
+        o = times_stride // self.stride
+        return ((times_stride % self.stride == 0) & (o >= 0) & (o < self.out)).long()
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -74,6 +88,13 @@ class Geometry:
     def entries(self) -> int:
         """Number of kernel entries."""
         return prod(d.kernel for d in self.dimensions)
+
+    @property
+    def unpadded(self) -> tuple[int, ...]:
+        """Sizes of the input before `padded`."""
+        widths = self.widths or (0, 0) * len(self.dimensions)
+        around = (before + after for before, after in zip(widths[-2::-2], widths[::-2], strict=True))
+        return tuple(d.size - n for d, n in zip(self.dimensions, around, strict=True))
 
     def padded(self, x: Tensor) -> Tensor:
         """Return the input ``[R, C, *I]`` with what is not zeros around it."""

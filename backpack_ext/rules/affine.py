@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backpack_ext.conv_factors import Geometry, patch_means
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import Bags, OneHot
 from backpack_ext.rules.base import Rule, by_shape
-from backpack_ext.rules.patches import mean_patches, patches, transposed_patches
+from backpack_ext.rules.patches import patches, transposed_patches
 from backpack_ext.site import Site
 from curvature import Axes
 
@@ -88,6 +89,14 @@ class _SpatialRule(Rule):
             )
         return x
 
+    def mean_inputs(self, site: Site) -> Tensor | None:
+        """Return the means of the patches over each image's pixels; None for inputs of integers."""
+        x = self._check(site)
+        if not x.is_floating_point():
+            return None
+        means = patch_means(x, Geometry.of(site.module, x.shape, site.out_shape))
+        return self._pixels(site, means.unsqueeze(1), site.module.groups)
+
     @by_shape
     def cotangents(self, site: Site, g: Tensor) -> Tensor:
         """Return ``b[g,v,n,s,o]`` from ``[v, R, (g o), *pixels]``."""
@@ -122,21 +131,6 @@ class ConvRule(_SpatialRule):
         elif m.padding != "valid" and any(m.padding):
             x = F.pad(x, [p for p in reversed(m.padding) for _ in range(2)])
         return patches(x, m.kernel_size, m.stride, m.dilation)
-
-    def mean_inputs(self, site: Site) -> Tensor | None:
-        """Return the means of the patches over the pixels of each image, without forming patches."""
-        m, x = site.module, self._check(site)
-        if m.padding_mode != "zeros" or not x.is_floating_point():
-            return None
-        padding = (0,) * self.dims if m.padding == "valid" else m.padding
-        if padding == "same":
-            before, after = (m._reversed_padding_repeated_twice[k::2] for k in (0, 1))
-            if before != after:
-                return None
-            padding = before[::-1]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        means = mean_patches(x, m.kernel_size, m.stride, padding, m.dilation)
-        return self._pixels(site, means, m.groups)
 
     def weight_axes(self, module: nn.Module) -> Axes:
         """Return ``(g o) i k -> g o (i k)``."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,45 +30,6 @@ def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
     # from [R, C, *O, *K]
     order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
     return x.permute(order).flatten(1, dims).flatten(3).permute(2, 3, 0, 1)
-
-
-def mean_patches(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Return the means over output pixels of the patches of an input padded with zeros.
-
-    ``u[r, c, k] = mean_o x[r, c, stride * o + dilation * k - padding]``. The pixels that a kernel entry
-    meets are a box, so that each spatial dimension is contracted with an indicator, and no patch is
-    formed.
-
-    Args:
-        x: ``[R, C, *I]``, padding not included.
-        kernel: Kernel size per dimension.
-        stride: Stride per dimension.
-        padding: Zeros on both sides per dimension.
-        dilation: Dilation per dimension.
-
-    Returns:
-        ``[R, 1, C, K]`` with K kernel entries, row-major.
-    """
-    for d in reversed(range(len(kernel))):  # the last one first: its rows are contiguous
-        size = x.shape[2 + d]
-        weights = _met(size, kernel[d], stride[d], padding[d], dilation[d]).to(x.device, x.dtype)
-        x = (x.movedim(2 + d, -1) @ weights).movedim(-1, 2 + d)
-    return x.flatten(2).unsqueeze(1)
-
-
-@lru_cache(maxsize=256)
-def _met(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """Return ``[size, kernel]``: at the entries that a kernel entry meets, one over the output size."""
-    out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    met = stride * torch.arange(out)[:, None] + dilation * torch.arange(kernel) - padding
-    indicator = torch.arange(size)[:, None, None] == met
-    return indicator.sum(1).double() / out
 
 
 def transposed_patches(

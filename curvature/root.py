@@ -1,0 +1,190 @@
+"""A positive semi-definite factor of low rank, kept as the rows that it is the second moment of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from curvature.decomposition import check_finite, nonnegative, symmetric_eigh, widen
+from curvature.precision import without_autocast
+
+
+class Root:
+    r"""A matrix :math:`A = R^T R`, or :math:`\sigma I - R^T R`, of few rows R.
+
+    With r < i rows, products cost 2 r i instead of i^2, and i^2 numbers need not be kept. `Kronecker`
+    takes it in the place of A; the second form is that of damped inverses.
+
+    Args:
+        rows: R, ``[r, i]``, or ``[g, r, i]`` for one matrix per group.
+        shift: sigma, a number as a tensor ``[]``, or ``[g]``; None for the first form.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Example:
+        >>> A = Root(torch.tensor([[1.0, 2.0, 0.0]]))
+        >>> A.dense()
+        tensor([[1., 2., 0.],
+                [2., 4., 0.],
+                [0., 0., 0.]])
+        >>> A.inverse(torch.tensor(1.0)).diagonal()  # 1 - 1 / (5 + 1), 1 - 4 / (5 + 1), 1
+        tensor([0.8333, 0.3333, 1.0000])
+    """
+
+    __slots__ = ("_dense", "rows", "shift")
+
+    def __init__(self, rows: Tensor, shift: Tensor | None = None):
+        if rows.dim() not in (2, 3) or (shift is not None and shift.shape != rows.shape[:-2]):
+            raise ValueError(
+                f"Root: rows of shape {tuple(rows.shape)}, expected [r, i] or [g, r, i]; a shift has "
+                f"one number per group, got {None if shift is None else tuple(shift.shape)}."
+            )
+        self.rows, self.shift = rows, shift
+        self._dense: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Root(rows={tuple(self.rows.shape)}{'' if self.shift is None else ', shifted'})"
+
+    def __getitem__(self, k: int) -> Root:
+        """Return the matrix of a group."""
+        return Root(self.rows[k], None if self.shift is None else self.shift[k])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix, ``[i, i]`` or ``[g, i, i]``."""
+        return torch.Size((*self.rows.shape[:-2], self.rows.shape[-1], self.rows.shape[-1]))
+
+    def dim(self) -> int:
+        """Return the number of the matrix's axes, as of a tensor."""
+        return self.rows.dim()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the rows."""
+        return self.rows.dtype
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The rows, and the shift if there is one."""
+        return {"rows": self.rows} | ({} if self.shift is None else {"shift": self.shift})
+
+    def to(self, dtype: torch.dtype) -> Root:
+        """Return the same in another data type."""
+        if dtype == self.dtype:
+            return self
+        return Root(**{name: t.to(dtype) for name, t in self.tensors.items()})
+
+    @without_autocast
+    def dense(self) -> Tensor:
+        """Return the matrix in float32 or above, formed at the first call and kept.
+
+        Change neither it nor the rows in place.
+        """
+        if self._dense is None:
+            rows = widen(self.rows)
+            A = rows.mT @ rows
+            A = (A + A.mT) / 2  # products of panels need not round alike on both sides
+            if self.shift is not None:
+                A = torch.diag_embed(self.shift.to(A.dtype)[..., None].expand(A.shape[:-1])) - A
+            self._dense = A
+        return self._dense
+
+    def right(self, V: Tensor) -> Tensor:
+        """Return ``V A`` of matrices ``V[..., o, i]``, with groups ``V[..., g, o, i]``."""
+        product = (V @ self.rows.mT) @ self.rows
+        return product if self.shift is None else self.shift[..., None, None] * V - product
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``[i]`` or ``[g, i]``."""
+        squares = widen(self.rows).square().sum(-2).to(self.dtype)
+        return squares if self.shift is None else self.shift[..., None] - squares
+
+    @without_autocast
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm, ``[]`` or ``[g]``, in float64: that of ``R R^T``."""
+        M = self.rows @ self.rows.mT if self.shift is None else self.dense()
+        return torch.linalg.vector_norm(M, dim=(-2, -1), dtype=torch.float64)
+
+    @without_autocast
+    def eigenvalues(self, name: str) -> Tensor:
+        """Return all eigenvalues ``[..., i]``, ascending: those of ``R R^T``, and zeros.
+
+        Only of the first form, with at most i rows.
+
+        Args:
+            name: What the matrix is called in messages.
+
+        Raises:
+            ValueError: If the matrix is found to be indefinite.
+        """
+        rows = widen(self.rows)
+        values, _ = symmetric_eigh(name, rows @ rows.mT, vectors=False)
+        values = nonnegative(name, values, self.dtype)
+        # below the eigenvalues' rounding they are zero, as they are in `decomposition.eigh`
+        noise = 8 * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+        values = values.masked_fill(values <= noise, 0.0)
+        return torch.nn.functional.pad(values, (self.shape[-1] - values.shape[-1], 0))
+
+    @without_autocast
+    def inverse(self, damping: Tensor) -> Root:
+        r"""Return :math:`(R^T R + c I)^{-1} = I / c - Z^T Z`, by the Woodbury identity.
+
+        ``Z = L^{-1} R / \sqrt c`` with ``L L^T = R R^T + c I``. Errors are relative to 1 / c, the
+        inverse's norm.
+
+        Args:
+            damping: c > 0, ``[]`` or ``[g]``.
+
+        Raises:
+            ValueError: If the rows are not finite, or c is too small for them.
+        """
+        check_finite("Root.inverse", self.rows)
+        rows = widen(self.rows)
+        c = damping.to(rows.dtype)[..., None, None]
+        G = rows @ rows.mT + c * torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
+        L, info = torch.linalg.cholesky_ex(G)
+        if bool((info != 0).any()):
+            raise ValueError(
+                f"Root.inverse: with damping {damping.flatten().tolist()} the rows' Gram matrix has no "
+                f"Cholesky decomposition (its largest entry is {float(G.abs().max()):.3g}). Pass a "
+                "larger damping."
+            )
+        Z = torch.linalg.solve_triangular(L, rows, upper=False) / c.sqrt()
+        return Root(Z, 1 / damping.to(rows.dtype))
+
+    def mixed(self, other: Root, part: float | Tensor) -> Root | Tensor:
+        """Return ``(1 - part) A + part A'``: a root of both rows, or dense if that is no larger.
+
+        Args:
+            other: Of the first form, as this one.
+            part: Between 0 and 1; a number, or ``[g, 1, 1]``.
+        """
+        kept, new = ((p.sqrt() if isinstance(p, Tensor) else sqrt(p)) for p in (1 - part, part))
+        rows = torch.cat([self.rows * kept, other.rows * new], dim=-2)
+        joined = Root(rows.to(torch.promote_types(self.dtype, other.dtype)))
+        return joined if rows.shape[-2] < rows.shape[-1] else joined.dense()
+
+    @staticmethod
+    def stacked(roots: Sequence[Root]) -> Root | Tensor:
+        """Return the matrices of groups as one, dense if their numbers of rows differ."""
+        if any(root.shift is not None for root in roots) or len({r.rows.shape for r in roots}) > 1:
+            return torch.stack([root.dense() for root in roots])
+        return Root(torch.stack([root.rows for root in roots]))
+
+
+def dense(A: Tensor | Root) -> Tensor:
+    """Return a factor as a tensor."""
+    return A.dense() if isinstance(A, Root) else A
+
+
+def mixed(A: Tensor | Root, other: Tensor | Root, part: float | Tensor) -> Tensor | Root:
+    """Return ``A + part (A' - A)``, a root where both are and that is no larger."""
+    plain = isinstance(A, Root) and isinstance(other, Root) and A.shift is None and other.shift is None
+    if plain and (isinstance(part, Tensor) or 0 <= part <= 1):
+        return A.mixed(other, part)
+    A = dense(A)
+    return A + part * (dense(other) - A)
