@@ -38,6 +38,7 @@ class Expression:
         scale: Factor of the result; if it is not 1, the last of the operands.
 
     Example:
+        >>> import torch
         >>> from backpack_ext.tensor_network import Convolution
         >>> conv = Convolution((3, 3), padding=1)
         >>> equation, operands, shape = conv.forward(torch.rand(2, 4, 8, 8), torch.rand(5, 4, 3, 3))

@@ -44,7 +44,7 @@ class Pattern:
 
 
 def _plain() -> bool:
-    # what is made within torch.func's transforms or a fake mode belongs to them, and may not outlive them
+    # what is made within torch.func's transforms or a fake mode is theirs, and may not outlive them
     probe = torch.empty(0)
     return type(probe) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(probe)
 

@@ -139,7 +139,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError(
             "RandomisedConv: the gradient is an estimate from a part of the input, and has no "
-            "derivative. Call .eval() on the layer where second derivatives are needed: there it is exact."
+            "derivative. Call .eval() on the layer for second derivatives: there it is exact."
         )
 
 
