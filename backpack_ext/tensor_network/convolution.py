@@ -110,7 +110,7 @@ class Convolution:
 
     def _numbers(self, name: str, minimum: int) -> tuple[int, ...]:
         value, dims = getattr(self, name), len(self.kernel_size)
-        values = (value,) * dims if isinstance(value, int) else tuple(value)
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
         if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
             raise TypeError(f"{name}={value!r}: give integers.")
         if len(values) != dims or min(values) < minimum:

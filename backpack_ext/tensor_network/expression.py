@@ -37,6 +37,9 @@ class Expression:
         shape: Shape of the result, whose axes are one index or several.
         scale: Factor of the result; if it is not 1, the last of the operands.
 
+    Raises:
+        ValueError: If indices do not fit to the operands, to each other or to the shape.
+
     Example:
         >>> import torch
         >>> from backpack_ext.tensor_network import Convolution
@@ -51,6 +54,21 @@ class Expression:
     tensors: tuple[Tensor | Pattern, ...]
     shape: tuple[int, ...]
     scale: float = 1.0
+
+    def __post_init__(self):
+        legs, shapes = self.legs, [tuple(t.shape) for t in self.tensors]
+        if any(len(set(x)) < len(x) for x in (*legs, self.out)):
+            raise ValueError(f"An index is twice in one of {legs} or in the result {self.out}.")
+        if [len(x) for x in legs] != [len(x) for x in shapes]:
+            raise ValueError(f"Operands of shapes {shapes} have not the indices {legs}.")
+        sizes = self.sizes
+        for names, shape in zip(legs, shapes, strict=True):
+            if any(sizes[x] != n for x, n in zip(names, shape, strict=True)):
+                raise ValueError(f"Indices {legs} have several sizes in operands of shapes {shapes}.")
+        if not set(self.out) <= set(sizes):
+            raise ValueError(f"No operand has an index of the result {self.out}; they have {legs}.")
+        if prod(sizes[x] for x in self.out) != prod(self.shape):
+            raise ValueError(f"The result has indices of other sizes than the shape {self.shape}.")
 
     def __iter__(self) -> Iterator:
         return iter((self.equation, self.operands, self.shape))
@@ -98,7 +116,7 @@ class Expression:
         """Return the value, of shape `shape`; differentiable by all operands.
 
         The order of the products comes from opt_einsum if that is installed, else from a search of
-        our own (all orders up to 9 operands, greedily beyond), once per network and sizes. An
+        our own (all orders up to 12 operands, greedily beyond), once per network and sizes. An
         intermediate that is needed twice is computed once. In the operands' data type.
         """
         tensors = self._dense()

@@ -12,6 +12,8 @@ input entry i and the coarse one the output pixel o, for a transposed one they c
   kernel, "dense" connectivity, or with gaps that are met by nothing), the same cut serves where the
   result has the fine index (the VJP with respect to the input, a transposed convolution); with gaps a
   small ``[stride, kernel]`` pattern is left.
+* **Squares of transposed convolutions** (KFAC-expand): two copies of a pattern with disjoint kernels, of
+  which none is cut off, multiply to Kronecker deltas of the input entries and of k.
 * **One output pixel**: any stride gives the same. So kernels are disjoint.
 * Indices of size 1 are left out.
 
@@ -22,7 +24,7 @@ second-order methods, treats the dense and the down-sampling case.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -70,8 +72,9 @@ class _Network:
         fine, coarse = (o, i) if d.transposed else (i, o)
         others = [m for m, x in enumerate(self.legs) if fine in x and m != position]
         if any(not isinstance(self.tensors[m], Tensor) for m in others):
-            return
-        if fine in self.out:
+            if len(others) == 1 and fine not in self.out:
+                self._square(position, others[0], _Link.of(d))
+        elif fine in self.out:
             self._tile(position, _Link.of(d), fine, coarse, k, others)
         elif others and not any(set(self.legs[m]) & {coarse, k} for m in others):
             link = _Link.of(d)
@@ -120,9 +123,24 @@ class _Network:
         if full:
             self._remove(position)
         else:
-            # within a tile, as a convolution of one pixel
-            self.tensors[position] = Pattern(Dimension(width, 1, link.kernel, 1, link.dilation))
-            self.legs[position] = (rest, "", k)
+            self._within(position, (rest, k), Dimension(width, 1, link.kernel, 1, link.dilation))
+
+    def _within(self, position: int, legs: tuple[str, str], d: Dimension) -> None:
+        """Put a pattern within one kernel, as of a convolution of one pixel."""
+        self.tensors[position], self.legs[position] = Pattern(d), (legs[0], "one", legs[1])
+
+    def _square(self, position: int, other: int, link: _Link) -> None:
+        """Replace ``sum_fine P[coarse, fine, k] P[coarse', fine, k']`` by two Kronecker deltas."""
+        whole = link.before == 0 and link.stride * (link.coarse - 1) + link.span <= link.fine
+        if not (whole and link.disjoint and self.tensors[position] == self.tensors[other]):
+            return
+        axis = 0 if self.tensors[position].dimension.transposed else 1  # of the coarse index
+        one, two = ((self.legs[m][axis], self.legs[m][2]) for m in (position, other))
+        if two[0] in self.out:
+            return
+        self._within(position, (one[1], two[1]), Dimension(link.kernel, 1, link.kernel))
+        self._remove(other)
+        self.legs = [tuple(one[0] if x == two[0] else x for x in legs) for legs in self.legs]
 
     def squeeze(self) -> None:
         """Leave out indices of size 1."""
@@ -137,28 +155,28 @@ class _Network:
         self.out = tuple(x for x in self.out if x not in ones)
 
 
+@dataclass(frozen=True)
 class _Link:
-    """``fine = stride coarse + dilation k - before`` with the sizes of its three indices."""
+    """``fine = stride coarse + dilation k - before``, with the sizes of its three indices."""
 
-    def __init__(self, fine: int, coarse: int, d: Dimension):
-        self.fine, self.coarse, self.kernel = fine, coarse, d.kernel
-        self.stride, self.before = d.stride, d.before
-        self.dilation = d.dilation if d.kernel > 1 else 1  # of one entry any dilation is right
-        self.span = self.dilation * (d.kernel - 1) + 1
+    fine: int
+    coarse: int
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
 
     @staticmethod
     def of(d: Dimension) -> _Link:
         """Return the link of a dimension."""
-        return _Link(d.out, d.size, d) if d.transposed else _Link(d.size, d.out, d)
+        fine, coarse = (d.out, d.size) if d.transposed else (d.size, d.out)
+        dilation = d.dilation if d.kernel > 1 else 1  # of one entry any dilation is right
+        return _Link(fine, coarse, d.kernel, d.stride, dilation, d.before)
 
-    def _key(self) -> tuple:
-        return tuple(vars(self).values())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Link) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
+    @property
+    def span(self) -> int:
+        """How many fine entries a kernel spans."""
+        return self.dilation * (self.kernel - 1) + 1
 
     @property
     def disjoint(self) -> bool:
