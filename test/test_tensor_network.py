@@ -300,7 +300,7 @@ def test_cache_outlives_transforms_and_modes():
         pattern._kept.cache_clear()
         first(w)
         leaf = w.clone().requires_grad_()
-        value(leaf).backward()
+        value(leaf, x.clone().requires_grad_()).backward()
         close(leaf.grad, expected)
     close(torch.func.vmap(lambda z: value(w, z[None]))(x).sum(), value(w))
     close(torch.func.hessian(value)(w).diagonal().sum(), torch.func.hessian(value)(w).diagonal().sum())
@@ -390,6 +390,16 @@ def test_what_copies_share_is_computed_once():
     other = square.replace(tensors=(*square.tensors[:-1], 2 * S.unflatten(2, (1, -1))))
     assert other.cost() > 1.2 * square.cost()  # not if they differ
     close(other.contract(), 2 * square.contract())
+
+
+def test_different_sums_of_copies_are_told_apart():
+    a = torch.randn(3, 3)
+    expression = Expression((("i", "j"), ("k", "l")), ("i", "l"), (a, a), (3, 3))
+    close(expression.contract(), torch.outer(a.sum(1), a.sum(0)))
+    expression = Expression((("i", "j"), ("j", "l"), ("l", "m")), ("i", "m"), (a, a, a), (3, 3))
+    close(expression.contract(), a @ a @ a)
+    expression = Expression((("i", "j"), ("k", "i")), ("j", "k"), (a, a), (3, 3))
+    close(expression.contract(), (a @ a).mT)
 
 
 def test_opt_einsum_is_used(monkeypatch):
