@@ -94,6 +94,9 @@ def test_wrong_use_of_dropped():
     expression = networks()[0][0]
     with pytest.raises(ValueError, match=r"'c' is no index that is summed over; those are n, i0"):
         dropped(expression, {"c": 0.5})
+    empty = Convolution((3,)).weight_vjp(torch.ones(0, 2, 4), torch.ones(0, 3, 2))
+    with pytest.raises(ValueError, match="'n' has no values"):
+        dropped(empty, {"n": 0.5})
     for p in (0, 1.5, "half", True):
         with pytest.raises(ValueError, match="in \\(0, 1\\]"):
             dropped(expression, {"n": p})
@@ -267,6 +270,17 @@ def test_low_precision(keep):
     assert (layer.conv.weight.grad.double() - expected).abs().max() < 0.02 * scale
 
 
+def test_parametrised_and_empty():
+    layer = RandomisedConv(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), {"n": 1.0})
+    x, names = torch.randn(4, 3, 6, 6), ("original0", "original1")
+    of = [getattr(layer.conv.parametrizations.weight, name) for name in names]
+    pairs = [torch.autograd.grad(f(x).square().sum(), of) for f in (layer, layer.conv)]
+    for a, b in zip(*pairs, strict=True):
+        close(a, b)
+    layer(x[:0]).sum().backward()
+    assert not of[1].grad.any()
+
+
 def test_copies_checkpoints_and_state():
     layer, x = RandomisedConv(nn.Conv2d(3, 4, 3), {"n": 0.5}), torch.randn(4, 3, 6, 6)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -284,5 +298,14 @@ def test_wrong_use_of_the_layer():
         RandomisedConv(nn.Conv2d(2, 3, 2), {"i2": 0.5})
     with pytest.raises(ValueError, match="in \\(0, 1\\]"):
         RandomisedConv(nn.Conv2d(2, 3, 2), {"n": 0.0})
+    with pytest.raises(ValueError, match="lazy"):
+        RandomisedConv(nn.LazyConv2d(3, 2), {"n": 0.5})
+
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="Own has a forward of its own"):
+        RandomisedConv(Own(2, 3, 2), {"n": 0.5})
     with pytest.raises(ValueError, match="with a batch axis"):
         RandomisedConv(nn.Conv2d(2, 3, 2), {"n": 0.5})(torch.ones(2, 4, 4))

@@ -484,6 +484,14 @@ def test_einconv_has_no_letters_for_four_dimensions():
     close(Convolution((2,) * 4).kfac_reduce(x).contract(), gram(U.mean(2, keepdim=True).mT, 1) / 2)
 
 
+@pytest.mark.parametrize("simplify", (False, True))
+def test_empty_batch(simplify):
+    conv = Convolution((3, 3), 2, 1, simplify=simplify)
+    assert conv.forward(X[:0], W).contract().shape == (0, 6, 3, 3)
+    assert torch.equal(conv.weight_vjp(X[:0], V[:0, :, :, :3]).contract(), torch.zeros_like(W))
+    assert conv.input_vjp(V[:0, :, :, :3], W, (5, 6)).contract().shape == (0, 4, 5, 6)
+
+
 def test_expression_unpacks_and_prints():
     expression = Convolution((3,), padding=1).kfac_reduce(torch.ones(2, 3, 5))
     equation, operands, shape = expression
@@ -533,6 +541,8 @@ WRONG = {
     "vector": (lambda: Convolution((3, 3)).weight_vjp(X, V[..., :2]), ValueError, r"\[2, D, 3, 4\]"),
     "data": (lambda: Convolution((3, 3)).weight_vjp(X, V[:1]), ValueError, r"\[2, D, 3, 4\]"),
     "vectors": (lambda: Convolution((3, 3)).ggn_diagonal(X, V), ValueError, r"\[v, 2, D, 3, 4\]"),
+    "no data": (lambda: Convolution((3, 3)).kfac_expand(X[:0]), ValueError, "needs data"),
+    "integers": (lambda: Convolution((3, 3)).kfac_reduce(X.long()), ValueError, "floating point"),
     "vjp": (lambda: Convolution((3, 3)).input_vjp(V, W[:5], (5, 6)), ValueError, r"\[6, C / 1, 3, 3\]"),
 }
 

@@ -296,15 +296,13 @@ class Convolution:
             Expression of ``[c K, c K]``, with several groups ``[groups, c K, c K]``.
 
         Raises:
-            ValueError: If shapes do not fit.
+            ValueError: If shapes do not fit, or there are no data in floating point.
 
         References:
             Eschenhagen et al. (2023), Kronecker-factored approximate curvature for modern neural
             network architectures.
         """
-        parts = self._unfolded(x)
-        pixels = prod(self.output_sizes(x.shape[2:]))
-        return self._factor(parts, ("n", "g", *self._each("o")), 1 / (len(x) * pixels))
+        return self._factor(x, shared=self._each("o"), power=1)
 
     def kfac_reduce(self, x: Tensor) -> Expression:
         r"""Return the input factor A of KFAC-reduce, as `backpack_ext.KFAC` has it.
@@ -318,15 +316,13 @@ class Convolution:
             Expression of ``[c K, c K]``, with several groups ``[groups, c K, c K]``.
 
         Raises:
-            ValueError: If shapes do not fit.
+            ValueError: If shapes do not fit, or there are no data in floating point.
 
         References:
             Eschenhagen et al. (2023), Kronecker-factored approximate curvature for modern neural
             network architectures.
         """
-        parts = self._unfolded(x)
-        pixels = prod(self.output_sizes(x.shape[2:]))
-        return self._factor(parts, ("n", "g"), 1 / (len(x) * pixels**2))
+        return self._factor(x, shared=(), power=2)
 
     def ggn_diagonal(self, x: Tensor, vectors: Tensor) -> Expression:
         r"""Return the diagonal of a generalised Gauss-Newton matrix for the weight.
@@ -411,11 +407,18 @@ class Convolution:
     def _grouped(self, t: Tensor, axis: int) -> Tensor:
         return t.unflatten(axis, (self.groups, -1))
 
-    def _factor(self, parts: list[Part], once: tuple[str, ...], scale: float) -> Expression:
-        c = parts[0][1].shape[2]
-        row = ("c", *self._each("k"))
-        size = c * prod(self.kernel_size)
+    def _factor(self, x: Tensor, shared: tuple[str, ...], power: int) -> Expression:
+        """Return the mean over data of products of two unfolded inputs, over ``pixels ** power``."""
+        parts = self._unfolded(x)
+        if not len(x) or not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(
+                f"The input has shape {tuple(x.shape)} and {x.dtype}; a mean over data needs data, in "
+                "floating point."
+            )
+        once, row = ("n", "g", *shared), ("c", *self._each("k"))
+        size = x.shape[1] // self.groups * prod(self.kernel_size)
         shape = (size, size) if self.groups == 1 else (self.groups, size, size)
+        scale = 1 / (len(x) * prod(self.output_sizes(x.shape[2:])) ** power)
         return self._network(_twice(parts, once), ("g", *row, *_primed(row, once)), shape, scale)
 
     def _network(

@@ -51,6 +51,8 @@ def dropped(
     for name in keep:
         if name not in summed:
             raise ValueError(f"{name!r} is no index that is summed over; those are {', '.join(summed)}.")
+        if not sizes[name]:
+            raise ValueError(f"{name!r} has no values to choose from.")
     return restricted(expression, drawn({x: sizes[x] for x in keep}, keep, generator))
 
 

@@ -121,8 +121,7 @@ class Expression:
         """
         tensors = self._dense()
         steps, out = self._plan(tensors)
-        value = steps.run(tensors, out).reshape(self.shape)
-        return value if self.scale == 1 else value * self.scale
+        return steps.run(tensors, out, self.scale).reshape(self.shape)
 
     def cost(self) -> int:
         """Return the multiply-adds of `contract`, sums included, the reshape and the scale not."""

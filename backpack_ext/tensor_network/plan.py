@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -60,11 +60,15 @@ class Plan:
         """Multiply-adds, sums included."""
         return sum(step.cost for step in self.steps)
 
-    def run(self, operands: Sequence[Tensor], out: tuple[int, ...]) -> Tensor:
-        """Return the contraction, its axes in the order of `out`."""
+    def run(self, operands: Sequence[Tensor], out: tuple[int, ...], scale: float = 1.0) -> Tensor:
+        """Return the contraction times a factor, its axes in the order of `out`."""
         slots: list[Tensor | None] = list(operands)
         for step in self.steps:
             tensors = [slots[k] for k in step.operands]
+            if scale != 1 and step is self.steps[-1]:
+                # of what is multiplied last the smaller one is smaller than most results
+                least = min(range(len(tensors)), key=lambda k: tensors[k].numel())
+                tensors[least], scale = tensors[least] * scale, 1.0
             slots.append(
                 product(*tensors, *step.legs, step.kept)
                 if len(tensors) == 2
@@ -72,7 +76,8 @@ class Plan:
             )
             for k in step.freed:
                 slots[k] = None
-        return slots[self.result].permute([self.legs.index(x) for x in out])
+        value = slots[self.result].permute([self.legs.index(x) for x in out])
+        return value if scale == 1 else value * scale
 
 
 @lru_cache(maxsize=1024)
@@ -89,7 +94,7 @@ def plan(legs: Legs, out: tuple[int, ...], sizes: tuple[int, ...], same: tuple[i
         same: For each operand the position of the first one that is the same tensor.
     """
     draft = _Draft(legs, sizes, same)
-    result, names = draft.visit(_order(legs, out, sizes, same), set(out))
+    result, names = draft.visit(_order(legs, out, sizes, same), out)
     return Plan(tuple(draft.freeing(result)), result, names)
 
 
@@ -101,17 +106,22 @@ class _Draft:
         self.steps: list[Step] = []
         self.known: dict[tuple, int] = {}
 
-    def visit(self, tree, needed: set[int]) -> tuple[int, tuple[int, ...]]:
-        """Return where the result of a tree is, and its indices: of its own those that are needed."""
+    def visit(self, tree, needed: Collection[int]) -> tuple[int, tuple[int, ...]]:
+        """Return where the result of a tree is, and its indices: of its own those that are needed.
+
+        A product has them in the order of `needed` if that is a tuple: the whole network's result.
+        """
         if isinstance(tree, int):
             return self._step(((self.same[tree], self.legs[tree]),), needed)
         one, two = (set().union(*(self.legs[k] for k in _leaves(part))) for part in tree)
-        return self._step((self.visit(tree[0], needed | two), self.visit(tree[1], needed | one)), needed)
+        parts = self.visit(tree[0], two.union(needed)), self.visit(tree[1], one.union(needed))
+        return self._step(parts, needed)
 
-    def _step(self, parts, needed: set[int]) -> tuple[int, tuple[int, ...]]:
+    def _step(self, parts, needed: Collection[int]) -> tuple[int, tuple[int, ...]]:
         parts = tuple(sorted(parts, key=lambda part: part[0]))
         every = tuple(dict.fromkeys(x for _, legs in parts for x in legs))
-        kept = tuple(x for x in every if x in needed)
+        ordered = isinstance(needed, tuple) and len(parts) == 2
+        kept = needed if ordered else tuple(x for x in every if x in needed)
         if len(parts) == 1 and kept == every:
             return parts[0]
         # two steps are the same if they treat the same tensors in the same way, whatever the names

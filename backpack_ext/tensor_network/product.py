@@ -25,10 +25,17 @@ def product(a: Tensor, b: Tensor, first: Sequence, second: Sequence, kept: Seque
     Returns:
         The product, with axes in the order of `kept`.
     """
-    shared = [x for x in first if x in second]
-    batch, inner = [x for x in shared if x in kept], [x for x in shared if x not in kept]
-    left, right = [x for x in first if x not in shared], [x for x in second if x not in shared]
     sizes = dict(zip((*first, *second), (*a.shape, *b.shape), strict=True))
+    if next((x for x in kept if (x in first) != (x in second)), None) in second:
+        a, b, first, second = b, a, second, first  # so that less of the result is in another order
+    if prod(sizes[x] for x in kept) > max(a.numel(), b.numel()):
+        one, two = kept, kept  # factors are brought into the order of the result, which is larger
+    else:
+        one, two = first, second
+    inner = [x for x in first if x in second and x not in kept]
+    batch = [x for x in one if x in first and x in second and x in kept]
+    left = [x for x in one if x in first and x not in second]
+    right = [x for x in two if x in second and x not in first]
 
     def arranged(t: Tensor, names: Sequence, order: list) -> Tensor:
         return t.permute([names.index(x) for x in order])

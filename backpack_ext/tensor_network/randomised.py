@@ -13,6 +13,16 @@ from torch.nn import functional as F
 from backpack_ext.tensor_network.convolution import Convolution
 from backpack_ext.tensor_network.dropout import check_keep, drawn, restricted, selected
 
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_FORWARDS = tuple(cls.forward for cls in _CONVOLUTIONS)
+
 
 class RandomisedConv(nn.Module):
     r"""A convolution whose weight gradient is an unbiased estimate from a random part of its input.
@@ -24,9 +34,11 @@ class RandomisedConv(nn.Module):
     .. math:: \nabla_W = \sum_{n i} x_{n c i} \, (\dots)_{n i} \;\approx\;
               \frac{L_n}{m_n} \frac{L_i}{m_i} \sum_{n \in S_n, i \in S_i} x_{n c i} \, (\dots)_{n i}
 
-    and, times L_c / m_c, zeros for input channels that are not kept. With one index the variance of an
-    entry is at most that of m of L terms drawn without replacement. The output, and the gradients
+    and, times L_c / m_c, zeros for input channels that are not kept. The output, and the gradients
     of input and bias, are exact. So is everything in evaluation mode, where nothing is dropped.
+
+    Squares of an estimate are biased, and so are quantities of `backpack_ext.backpack` (GGN diagonals,
+    KFAC's blocks, ...) in training mode: take them, and ``torch.func``'s transforms, in evaluation mode.
 
     What is saved is what *this* layer stores. An activation before it that stores its output (ReLU), or
     another layer that reads the same input, keeps the whole tensor alive for itself.
@@ -37,14 +49,13 @@ class RandomisedConv(nn.Module):
         keep: For each index that is dropped from the fraction of its values that are kept: ``"n"`` for
             data, ``"c"`` for the input channels (of each group), ``"i0"``, ``"i1"``, ``"i2"`` for the
             input pixels (behind a padding mode other than zeros) along each dimension. With "n" and "c"
-            torch's kernels compute the gradient; with pixels a tensor network does.
-        generator: A generator on the CPU; torch's by default. The network with pixels is computed in
-            float32 or wider.
+            torch's kernels compute the gradient; with pixels a tensor network does, in float32 or wider.
+        generator: A generator on the CPU; torch's by default.
 
     Raises:
-        TypeError: If `conv` is no convolution.
-        ValueError: If there is no such index, a fraction is not in ``(0, 1]``, or the input has no batch
-            axis.
+        TypeError: If `conv` is no convolution, or has a forward of its own.
+        ValueError: If there is no such index, a fraction is not in ``(0, 1]``, `conv` is lazy and was not
+            called yet, or the input has no batch axis.
         RuntimeError: When its gradient is differentiated.
 
     References:
@@ -65,6 +76,12 @@ class RandomisedConv(nn.Module):
     ):
         super().__init__()
         hyper = Convolution.of(conv)
+        if type(conv).forward not in _FORWARDS:
+            raise TypeError(
+                f"{type(conv).__name__} has a forward of its own, which would not be called."
+            )
+        if nn.parameter.is_lazy(conv.weight):
+            raise ValueError("A lazy convolution has no weight yet: call it once before.")
         names = ("n", "c", *(f"i{axis}" for axis in range(hyper.dims)))
         for name in keep:
             if name not in names:
@@ -75,7 +92,8 @@ class RandomisedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x[N, C, *I]``, exactly."""
         conv = self.conv
-        if not (self.training and torch.is_grad_enabled() and conv.weight.requires_grad):
+        estimates = self.training and torch.is_grad_enabled() and conv.weight.requires_grad
+        if not (estimates and x.numel()):
             return conv(x)
         hyper = Convolution.of(conv)
         if x.dim() != hyper.dims + 2:
