@@ -54,8 +54,8 @@ class RandomisedConv(nn.Module):
 
     Raises:
         TypeError: If `conv` is no convolution, or has a forward of its own.
-        ValueError: If there is no such index, a fraction is not in ``(0, 1]``, `conv` is lazy and was not
-            called yet, or the input has no batch axis.
+        ValueError: If there is no such index, a fraction is not in ``(0, 1]``, `conv` is lazy and was
+            not called yet, or the input has no batch axis.
         RuntimeError: When its gradient is differentiated.
 
     References:
