@@ -8,7 +8,7 @@
     B, A = model.head.weight.kfac
 """
 
-from backpack_ext import policy
+from backpack_ext import policy, tensor_network
 from backpack_ext.attach import attach_diagonal, attach_loss
 from backpack_ext.context import backpack
 from backpack_ext.diagonals import register_activation, register_diagonal_rule
@@ -60,5 +60,6 @@ __all__ = [
     "register_diagonal_rule",
     "register_rule",
     "sharing",
+    "tensor_network",
     "unextend",
 ]
