@@ -10,8 +10,8 @@ from curvature.structured import scaled_product
 from curvature.switches import triton_enabled
 
 # A block of n rows is halved if it has n >= ROWS, of r >= COLUMNS entries, and n^2 r multiplications,
-# per thread, of at least this number. Below, more and smaller products cost what they save: on two
-# threads the halves take 1.1 times as long as the whole for 512 x 128, on one 0.85 times.
+# per thread, of more than this number. Below, more and smaller products cost what they save: for
+# 512 x 128 halves take 1.1 to 1.3 times as long as the whole on two threads, 0.9 to 1.1 times on one.
 ROWS, COLUMNS, HALVED = 192, 96, 2**25
 # On one thread NumPy's product is faster than halves from that many multiplications on, unless the
 # matrix has more than 8 times as many rows as columns: what is formed then costs more than the product.
@@ -62,7 +62,7 @@ def symmetric_product(S: Tensor, scale: float = 1.0) -> Tensor:
 
 def is_halved(n: int, r: int) -> bool:
     """Whether the product of ``[n, r]`` with its transpose is formed in halves."""
-    return n >= ROWS and r >= COLUMNS and n * n * r >= HALVED * torch.get_num_threads()
+    return n >= ROWS and r >= COLUMNS and n * n * r > HALVED * torch.get_num_threads()
 
 
 def numpy_pays(S: Tensor) -> bool:

@@ -140,8 +140,9 @@ def test_thresholds_count_threads(monkeypatch):
     """The work of a block that is halved grows with the threads that share it."""
     for threads, halved in ((1, True), (2, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert panels.is_halved(512, 128) is halved
+        assert panels.is_halved(512, 256) is halved
         assert panels.is_halved(2048, 1024)
+        assert not panels.is_halved(512, 128)
         assert not panels.is_halved(2048, 64)
         assert not panels.is_halved(128, 10**6)
 
