@@ -548,8 +548,10 @@ def _append_row(A: Tensor, last: Tensor) -> Tensor:
     """Append a bias's row ``last[g,i+1]``, and its column, to ``A[g,i,i]``, or to a diagonal."""
     if A.dim() == 2:
         return torch.cat([A, last[:, -1:]], dim=1)
-    top = torch.cat([A, last[:, :-1].unsqueeze(2)], dim=2)
-    return torch.cat([top, last.unsqueeze(1)], dim=1)
+    g, d, _ = A.shape
+    joined = A.new_empty(g, d + 1, d + 1)
+    joined[:, :-1, :-1], joined[:, :-1, -1], joined[:, -1] = A, last[:, :-1], last
+    return joined
 
 
 def _without_row(A: Tensor | Root, last: Tensor | None) -> Tensor:

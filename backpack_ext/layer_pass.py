@@ -272,7 +272,8 @@ class LayerPass(Receiver):
                 start = size if seeded else 1.0
 
                 def columns(a: int, b: int) -> Tensor:
-                    return torch.stack([start * call.sample(generator) for _ in range(a, b)])
+                    drawn = [start * call.sample(generator) for _ in range(a, b)]
+                    return torch.stack(drawn) if len(drawn) > 1 else drawn[0].unsqueeze(0)
 
             else:
                 count = call.columns(batch)

@@ -24,6 +24,7 @@ from curvature.shifted import Shifted
 from curvature.storage import block_from_state_dict
 from curvature.structured import NaiveWarning, StructuredMatrix
 from curvature.structures import STRUCTURES
+from curvature.switches import use_triton
 from curvature.toeplitz import LowerToeplitz, UpperToeplitz
 from curvature.triangular import LowerTriangular, UpperTriangular
 
@@ -66,4 +67,5 @@ __all__ = [
     "UpperTriangular",
     "block_from_state_dict",
     "noise_damping",
+    "use_triton",
 ]

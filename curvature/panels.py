@@ -5,32 +5,85 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvature import openblas
 from curvature.structured import scaled_product
+from curvature.switches import triton_enabled
 
-# Rows of a large symmetric product that are formed at once.
-PANEL = 192
-# From this many rows of the factor, and entries, on. Below, panels gain nothing: on two CPU cores in
-# float32 they take 1.1 times as long as the whole product for 512 x 128 and 256 x 256.
-ROWS, ENTRIES = 256, 96 * 1024
+# A block of n rows is halved if it has n >= ROWS, of r >= COLUMNS entries, and n^2 r multiplications,
+# per thread, of more than this number. Below, more and smaller products cost what they save: for
+# 512 x 128 halves take 1.1 to 1.3 times as long as the whole on two threads, 0.9 to 1.1 times on one.
+ROWS, COLUMNS, HALVED = 192, 96, 2**25
+# On one thread NumPy's product is faster than halves from that many multiplications on, unless the
+# matrix has more than 8 times as many rows as columns: what is formed then costs more than the product.
+NUMPY, ASPECT = 2**26, 8
+# Rows whose lengths in bytes are multiples of this fall into few sets of a cache when read along
+# columns: a direct transposed copy of half of 512 x 512 takes 2.2 times as long as two ordered ones.
+CONFLICTS = 256
 
 
 def symmetric_product(S: Tensor, scale: float = 1.0) -> Tensor:
     r"""Return :math:`\text{scale} \; S S^T` as ``[*batch, d, d]`` for ``S[*batch, d, r]``.
 
-    On CPU, where torch has no symmetric product, large ones are formed panel by panel: each panel
-    of rows from its diagonal block on, the rest mirrored. That saves up to half of the product
-    (two cores, float32; 1152 x 8192: 1.5 times faster; 1153 x 1153: 1.5; 785 x 785: 1.4; 512 x 512 and
-    576 x 512: 1.25), and nothing where S has few rows or columns. The BLAS of NumPy, which has such
-    a product, is 1.2 times faster still at 785 x 785, on its own; within torch its threads and
-    torch's get into each other's way, and it takes longer.
+    On CPU torch has no symmetric product. Large ones are formed recursively here,
+
+    .. math:: \begin{pmatrix} S_1 \\ S_2 \end{pmatrix} \begin{pmatrix} S_1 \\ S_2 \end{pmatrix}^T
+              = \begin{pmatrix} S_1 S_1^T & C \\ C^T & S_2 S_2^T \end{pmatrix}, \quad C = S_1 S_2^T,
+
+    which leaves half of the multiplications, or by NumPy's product of an array and its transpose,
+    which is one of BLAS's ``syrk``:
+
+    ================================================== =========================================
+    torch's threads                                    large products (see `ROWS` and following)
+    ================================================== =========================================
+    one, as has NumPy's OpenBLAS (`OMP_NUM_THREADS=1`) NumPy, unless d > 8 r; else halves
+    more                                               halves
+    ================================================== =========================================
+
+    Beyond one thread NumPy loses, within a step: each library has its own threads, and those of the
+    one wait busily while the other's work. ``python -m benchmarks.symmetric`` measures all ways,
+    alone and in alternation with torch's products.
+
+    On GPU this is torch's product, or with `curvature.use_triton` a kernel for one triangle.
     """
+    if S.device.type == "cuda" and triton_enabled():
+        from curvature import triton_gram
+
+        if triton_gram.pays(S):
+            return triton_gram.gram(S.mT, scale, S.dtype)
     *batch, d, r = S.shape
-    if d < ROWS or d * r < ENTRIES or S.device.type != "cpu":
+    if S.device.type != "cpu" or not is_halved(d, r):
         return scaled_product(S, S.mT, scale)
     out = S.new_empty(*batch, d, d)
-    for product, rows in zip(out.view(-1, d, d), S.reshape(-1, d, r), strict=True):
-        for k in range(0, d, PANEL):
-            panel = product[k : k + PANEL, k:]
-            torch.addmm(panel, rows[k : k + PANEL], rows[k:].mT, beta=0, alpha=scale, out=panel)
-            product[k : k + PANEL, :k] = product[:k, k : k + PANEL].mT
+    product = openblas.product if numpy_pays(S) else halves
+    for found, rows in zip(out.view(-1, d, d), S.reshape(-1, d, r), strict=True):
+        product(rows, found, scale)
     return out
+
+
+def is_halved(n: int, r: int) -> bool:
+    """Whether the product of ``[n, r]`` with its transpose is formed in halves."""
+    return n >= ROWS and r >= COLUMNS and n * n * r > HALVED * torch.get_num_threads()
+
+
+def numpy_pays(S: Tensor) -> bool:
+    """Whether NumPy's product is the fastest way, and can be taken."""
+    d, r = S.shape[-2:]
+    return d * d * r >= NUMPY and d <= ASPECT * r and openblas.can_take(S)
+
+
+def halves(S: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    r"""Write :math:`\text{scale} \; S S^T` for ``S[n, r]`` into ``out[n, n]``, recursively."""
+    n = len(S)
+    if not is_halved(n, S.shape[1]):
+        torch.addmm(out, S, S.mT, beta=0, alpha=scale, out=out)
+        return
+    m = (n // 2 + 15) // 16 * 16  # whole vector registers
+    one, two = S[:m], S[m:]
+    halves(one, out[:m, :m], scale)
+    halves(two, out[m:, m:], scale)
+    upper, lower = out[:m, m:], out[m:, :m]
+    torch.addmm(upper, one, two.mT, beta=0, alpha=scale, out=upper)
+    if out.stride(0) * out.element_size() % CONFLICTS:
+        lower.copy_(upper.mT)
+    else:
+        lower.copy_(upper.contiguous().mT.contiguous())

@@ -1,4 +1,4 @@
-"""Symmetric products by panels."""
+"""Symmetric products of the normal form."""
 
 import pytest
 import torch
