@@ -120,7 +120,8 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
             sums[id(p)] = sums.get(id(p), 0) + G
             sizes[id(p)] = sizes.get(id(p), 0) + size.norm()
             owners[id(p)] = site
-            rows[id(p)] = rows.get(id(p), 0) + unit.batch * unit.positions
+            rows[id(p)] = rows.get(id(p), 0) + unit.batch * unit.b.shape[3]
+        site.let_go()
 
     for site in reach.sites:
         parameters.update((id(p), p) for p in _parameters(site) if id(p) in wanted)

@@ -20,9 +20,9 @@ from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
-from backpack_ext.rules.base import look_up
+from backpack_ext.rules.base import Rule, is_known_to_extensions, look_up
 from backpack_ext.sharing import sharing
-from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
+from backpack_ext.site import NoChecks, Site, is_no_parameter, roots, save, saves_by_hooks
 
 
 class _Running(NamedTuple):
@@ -276,9 +276,11 @@ class SiteHook(Hook):
             lists = rule.lists(module, inputs)
             if lists and running is not None and running.listed and wanted:
                 running = self._count(module, lists, output, running)
+        known = recorded
         if rule is None and not recorded:  # a pass that reaches it shall raise
             recorded = wanted and any(map(is_no_parameter, module._parameters.values()))
-        if not (recorded and wanted and isinstance(output, Tensor)) or output.grad_fn is None:
+        hooked = known and saves_by_hooks()
+        if not (recorded and (wanted or hooked) and isinstance(output, Tensor)) or output.grad_fn is None:
             return
         parameters = (
             rule.parameters(module)
@@ -290,6 +292,10 @@ class SiteHook(Hook):
         x = inputs[0] if inputs else args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor):
             return  # a subclass with a forward of its own: its parameters are left to autograd
+        alone = _is_bias_alone(module, rule, parameters)
+        saved = save(x, wanted) if hooked and not alone else None
+        if not wanted:
+            return
         batch = None if running is None else running.batch
         if batch is None:
             rows = output if lists else x
@@ -306,6 +312,8 @@ class SiteHook(Hook):
             output,
             self.checks,
             inputs[1:],
+            saved=saved,
+            keeps_input=not alone or sharing.current is not None,
         )
         if sharing.current is not None:
             sharing.current.record(site)
@@ -385,6 +393,17 @@ class LossHook(Hook):
         z, y, *others = _named(arguments, args, kwargs)
         if z is not None and y is not None and z.requires_grad:
             tie(output, LossCall(module, z, y, self.batch_axis, others))
+
+
+def _is_bias_alone(module: nn.Module, rule: Rule | None, parameters: dict) -> bool:
+    """Whether only the bias of an affine layer is trained: nothing needs the layer's input then."""
+    return (
+        "weight" not in parameters
+        and rule is not None
+        and not rule.elementwise
+        and list(parameters) == ["bias"]
+        and not is_known_to_extensions(type(module))
+    )
 
 
 def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:

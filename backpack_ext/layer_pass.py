@@ -154,8 +154,10 @@ class LayerPass(Receiver):
         """Let go of inputs that nothing will ask for any more."""
         for site in self.bare.values():  # another pass makes its own
             site.release()
-        if not self.keep:
-            for site in self.expected:
+        for site in self.expected:
+            if self.keep:
+                site.let_go()
+            else:
                 site.release()
 
     @property
@@ -290,6 +292,8 @@ class LayerPass(Receiver):
                     self._deliver(group, pending, site, size * widen(g))
 
             sweep(call.start, reach, columns, count, deliver, partial(self._flush, group, pending))
+        for site in reach.sites:
+            site.let_go()
 
     def deliver(self, site: Site, g: Tensor) -> None:
         """Take the main backward's own gradient at a layer's output."""
@@ -306,6 +310,8 @@ class LayerPass(Receiver):
         if site.error is not None:
             return  # reported by check_coverage
         if site.shared:
+            if site.keeps_input:
+                site.input()  # of a checkpoint: it is handed out now
             pending.shared.append((site, g))
         elif pending.add_small(site, g):
             if pending.full:
@@ -354,10 +360,13 @@ class LayerPass(Receiver):
                     ext.absorb_all(self.stores[ext], units[rule])
 
     def _release(self, extensions, layers) -> None:
-        """Let go of the inputs of calls that nothing will ask for any more."""
-        if extensions is self.main and not self.holds:
-            for sites, _ in layers:
+        """Let go of the inputs of calls that nothing will ask for any more, or that can be had again."""
+        streams = Receiver.active is not None  # several columns come in chunks, which share the inputs
+        for sites, _ in layers:
+            if extensions is self.main and not self.holds:
                 sites[0].release()
+            elif streams or extensions is self.main:
+                sites[0].let_go()
 
 
 def empty_batch(start: str) -> ValueError:

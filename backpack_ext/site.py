@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.own_pass import in_a_pass_of_its_own
 
 if TYPE_CHECKING:
+    from torch._C._autograd import SavedTensor
+
     from backpack_ext.rules.base import Rule
     from backpack_ext.sharing import Segments, sharing
 
@@ -45,7 +49,11 @@ class Site:
         name: Its path in the extended model.
         rule: The package-wide rule of its class; None if only single extensions have one.
         parameters: The trainable parameters by role, e.g. ``{"weight": p, "bias": q}``.
-        x: The detached input, None once released.
+        x: The detached input. None once released, where nothing needs it (`keeps_input`), and, where
+            it is saved by the hooks that autograd's own saved tensors go through, until it is read.
+        keeps_input: Whether something may need the input: the layer trains more than its bias.
+        in_shape: Shape of the input.
+        in_dtype: Data type of the input.
         batch: Number of data N in the mini-batch, known from the outermost module's input.
         batch_axis: Axis that counts the data in this layer's input and output.
         out_shape: Shape of the output.
@@ -66,6 +74,8 @@ class Site:
         "__weakref__",
         "_live",
         "_others",
+        "_read_in",
+        "_saved",
         "_version",
         "batch",
         "batch_axis",
@@ -73,6 +83,9 @@ class Site:
         "checks",
         "depends_on_parameters",
         "error",
+        "in_dtype",
+        "in_shape",
+        "keeps_input",
         "module",
         "name",
         "note",
@@ -99,9 +112,13 @@ class Site:
         checks: dict,
         others: Sequence[Tensor | None] = (),
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
+        saved: SavedTensor | None = None,
+        keeps_input: bool = True,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
-        self.x, self._version = x.detach(), x._version
+        self.x = x.detach() if keeps_input and saved is None else None
+        self._saved, self._read_in, self._version = saved, None, x._version
+        self.keeps_input, self.in_shape, self.in_dtype = keeps_input, x.shape, x.dtype
         self.depends_on_parameters = x.requires_grad
         self._others: tuple[tuple[Tensor, int] | None, ...] = ()
         if others:
@@ -137,7 +154,7 @@ class Site:
     @property
     def looked_up(self) -> bool:
         """Whether the input consists of indices."""
-        return self.x is not None and not self.x.is_floating_point()
+        return not self.in_dtype.is_floating_point
 
     @property
     def shared(self) -> bool:
@@ -169,18 +186,46 @@ class Site:
         Raises:
             RecordingError: If it was released, or overwritten after the layer had read it.
         """
-        if self.x is None:
+        self.check_live()
+        if not self.keeps_input:
             raise RecordingError(
-                f"{self.label}: the layer's input is gone. It is kept until the first backward "
-                "pass without retain_graph=True."
+                f"{self.label}: the layer's input is not kept, because of its parameters only the bias "
+                "is trained, whose inputs are ones."
             )
+        if self.x is None:
+            self._read_saved()
         x, version = (self.x, self._version) if k == 0 else self._others[k - 1] or (None, 0)
-        if x is not None and x._version != version:
+        if x is not None and x._version > version:
             raise RecordingError(
                 f"{self.label}: the layer's input was modified in place after the layer had read "
                 "it. Use an out-of-place operation there."
             )
         return x
+
+    def check_live(self) -> None:
+        """Raise if the Site was released.
+
+        Raises:
+            RecordingError: If so.
+        """
+        if not self._live:
+            raise RecordingError(
+                f"{self.label}: the layer's input is gone. It is kept until the first backward "
+                "pass without retain_graph=True."
+            )
+
+    def _read_saved(self) -> None:
+        """Have the hooks that saved the input bring it back: a checkpoint computes it again."""
+        # a checkpoint hands each tensor out once per backward pass
+        task = torch._C._current_graph_task_id()
+        again = task == self._read_in
+        self.x = in_a_pass_of_its_own(self._saved.unpack) if again else self._saved.unpack()
+        self._read_in = task
+
+    def let_go(self) -> None:
+        """Forget an input that was brought back and can be brought back again."""
+        if self._saved is not None:
+            self.x = None
 
     def rows(self, t: Tensor, features: int) -> Tensor:
         """Bring an input to ``[N, S, *features]``: data first, all shared positions second.
@@ -243,7 +288,7 @@ class Site:
 
     def release(self) -> None:
         """Let go of the input; the Site no longer counts as a use of its parameters."""
-        self.x, self._others = None, ()
+        self.x, self._saved, self._others = None, None, ()
         if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
             for key in self._keys():
@@ -254,6 +299,27 @@ class Site:
                     del _calls[key]
 
     __del__ = release
+
+
+def saves_by_hooks() -> bool:
+    """Whether hooks act on the tensors that autograd saves now, those of a checkpoint for instance."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def save(x: Tensor, wanted: bool) -> SavedTensor:
+    """Save a layer's input as autograd saves tensors: through the hooks that act on these.
+
+    In a checkpoint nothing is held, and what is saved is computed again in the backward pass. It must
+    then be saved in the same order, so that each call of a layer that is trained has to come here,
+    also if it is not recorded.
+
+    Args:
+        x: The input.
+        wanted: Whether the call is recorded. If not, an empty tensor stands for the input.
+    """
+    again = torch._C._current_graph_task_id() != -1  # the first time it may have been recorded
+    x = x.detach() if wanted or again else x.new_empty(0)
+    return torch._C._autograd._make_saved_tensor(x, False)
 
 
 def is_no_parameter(value: Tensor | None) -> bool:

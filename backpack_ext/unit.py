@@ -85,7 +85,8 @@ class Unit:
 
         Squares and sums over the batch need the digits, and squares the range, of float32.
         """
-        x, g = self.sites[0].input().dtype, self.cotangents[0].dtype
+        self.sites[0].check_live()
+        x, g = self.sites[0].in_dtype, self.cotangents[0].dtype
         if self.rule.in_graph:  # under autocast its input was found cast already
             g = torch.promote_types(g, next(iter(self.parameters.values())).dtype)
         wide = torch.promote_types(x, g) if x.is_floating_point else g
