@@ -15,14 +15,15 @@ from backpack_ext.attach import tie
 from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.context import check_thread, recording, tying
 from backpack_ext.data_parallel import check_replica
-from backpack_ext.engine import on_model_output, on_unrecorded_output
+from backpack_ext.engine import brings_inputs_back, on_model_output, on_unrecorded_output
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
 from backpack_ext.rules.base import Rule, is_known_to_extensions, look_up
+from backpack_ext.saved_input import SavedInput, recomputes, saves_by_hooks
 from backpack_ext.sharing import sharing
-from backpack_ext.site import NoChecks, Site, is_no_parameter, roots, save, saves_by_hooks
+from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
 
 
 class _Running(NamedTuple):
@@ -293,7 +294,9 @@ class SiteHook(Hook):
         if not isinstance(x, Tensor):
             return  # a subclass with a forward of its own: its parameters are left to autograd
         alone = _is_bias_alone(module, rule, parameters)
-        saved = save(x, wanted) if hooked and not alone else None
+        saved = None
+        if hooked and not alone:
+            saved = SavedInput(x, brings_inputs_back() if recomputes() else wanted)
         if not wanted:
             return
         batch = None if running is None else running.batch
@@ -392,7 +395,7 @@ class LossHook(Hook):
         arguments = ("input", "target") if rule is None else rule.arguments
         z, y, *others = _named(arguments, args, kwargs)
         if z is not None and y is not None and z.requires_grad:
-            tie(output, LossCall(module, z, y, self.batch_axis, others))
+            tie(output, LossCall(module, z, y, self.batch_axis, others, output))
 
 
 def _is_bias_alone(module: nn.Module, rule: Rule | None, parameters: dict) -> bool:

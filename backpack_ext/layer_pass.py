@@ -70,8 +70,14 @@ class LayerPass(Receiver):
         self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
         self.pending = Pending()
         self.handles: list = []
+        self.sweeping = False
 
     # ------------------------------------------------------------------ events
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the main backward pass itself, not a sweep, brings vectors for extensions."""
+        return bool(self.main) and not self.sweeping
 
     def loss(self, call: LossCall, grad: Tensor) -> None:
         """Walk the graph behind a loss, tap the layers, run the sweeps that were asked for."""
@@ -96,8 +102,10 @@ class LayerPass(Receiver):
             self.unscaled.pop(site, None)
         self._tap(reach)
         self._check_layers(call.start, reach, layout, call.z, call.sharing, call.gradient)
+        self.sweeping = True
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
+        self.sweeping = False
 
     def output(self, node: Node, grad: Tensor) -> None:
         """Tap the layers behind a model's output, unless a loss has done so.
@@ -310,8 +318,6 @@ class LayerPass(Receiver):
         if site.error is not None:
             return  # reported by check_coverage
         if site.shared:
-            if site.keeps_input:
-                site.input()  # of a checkpoint: it is handed out now
             pending.shared.append((site, g))
         elif pending.add_small(site, g):
             if pending.full:

@@ -23,8 +23,7 @@ class Pending:
 
     def add_small(self, site: Site, g: Tensor) -> bool:
         """Have a layer's vectors wait for those of layers like it, if the layer is small."""
-        # layers in a `sharing` block may be read differently although their shapes are equal; what a
-        # checkpoint brings back is not to wait
+        # layers in a `sharing` block may be read differently although their shapes are equal
         if site.sharing is not None or (site.x is None and site.keeps_input):
             return False
         size = g.numel() + site.in_shape.numel()

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from backpack_ext.errors import RecordingError, UnsupportedError
-from backpack_ext.own_pass import in_a_pass_of_its_own
+from backpack_ext.saved_input import SavedInput
 
 if TYPE_CHECKING:
-    from torch._C._autograd import SavedTensor
-
     from backpack_ext.rules.base import Rule
     from backpack_ext.sharing import Segments, sharing
 
@@ -74,7 +71,6 @@ class Site:
         "__weakref__",
         "_live",
         "_others",
-        "_read_in",
         "_saved",
         "_version",
         "batch",
@@ -112,12 +108,12 @@ class Site:
         checks: dict,
         others: Sequence[Tensor | None] = (),
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
-        saved: SavedTensor | None = None,
+        saved: SavedInput | None = None,
         keeps_input: bool = True,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.x = x.detach() if keeps_input and saved is None else None
-        self._saved, self._read_in, self._version = saved, None, x._version
+        self._saved, self._version = saved, x._version
         self.keeps_input, self.in_shape, self.in_dtype = keeps_input, x.shape, x.dtype
         self.depends_on_parameters = x.requires_grad
         self._others: tuple[tuple[Tensor, int] | None, ...] = ()
@@ -193,7 +189,7 @@ class Site:
                 "is trained, whose inputs are ones."
             )
         if self.x is None:
-            self._read_saved()
+            self.bring_back(False)
         x, version = (self.x, self._version) if k == 0 else self._others[k - 1] or (None, 0)
         if x is not None and x._version > version:
             raise RecordingError(
@@ -214,13 +210,19 @@ class Site:
                 "pass without retain_graph=True."
             )
 
-    def _read_saved(self) -> None:
-        """Have the hooks that saved the input bring it back: a checkpoint computes it again."""
-        # a checkpoint hands each tensor out once per backward pass
-        task = torch._C._current_graph_task_id()
-        again = task == self._read_in
-        self.x = in_a_pass_of_its_own(self._saved.unpack) if again else self._saved.unpack()
-        self._read_in = task
+    def bring_back(self, at_once: bool) -> None:
+        """Have the hooks that saved the input bring it back; see `SavedInput.read`.
+
+        Raises:
+            RecordingError: If they cannot.
+        """
+        if self.x is None and self._saved is not None:
+            self.x = self._saved.read(at_once)
+            if self.x is None:
+                raise RecordingError(
+                    f"{self.label}: the hooks that act on saved tensors did not bring the layer's input "
+                    "back. Was the model extended, or a parameter frozen, since the forward pass?"
+                )
 
     def let_go(self) -> None:
         """Forget an input that was brought back and can be brought back again."""
@@ -299,27 +301,6 @@ class Site:
                     del _calls[key]
 
     __del__ = release
-
-
-def saves_by_hooks() -> bool:
-    """Whether hooks act on the tensors that autograd saves now, those of a checkpoint for instance."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def save(x: Tensor, wanted: bool) -> SavedTensor:
-    """Save a layer's input as autograd saves tensors: through the hooks that act on these.
-
-    In a checkpoint nothing is held, and what is saved is computed again in the backward pass. It must
-    then be saved in the same order, so that each call of a layer that is trained has to come here,
-    also if it is not recorded.
-
-    Args:
-        x: The input.
-        wanted: Whether the call is recorded. If not, an empty tensor stands for the input.
-    """
-    again = torch._C._current_graph_task_id() != -1  # the first time it may have been recorded
-    x = x.detach() if wanted or again else x.new_empty(0)
-    return torch._C._autograd._make_saved_tensor(x, False)
 
 
 def is_no_parameter(value: Tensor | None) -> bool:

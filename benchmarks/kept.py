@@ -6,7 +6,6 @@ A layer's hook is to keep nothing that autograd does not keep as well.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -111,6 +110,7 @@ CASES = {
     "everything": (everything, True, ""),
     "everything, checkpointed": (everything, True, "checkpoint"),
     "everything, autocast": (everything, True, "autocast"),
+    "everything, eval()": (everything, False, ""),
     "head": (head, True, ""),
     "head, eval()": (head, False, ""),
     "biases": (biases, True, ""),
