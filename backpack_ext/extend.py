@@ -21,7 +21,7 @@ from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
 from backpack_ext.rules.base import Rule, is_known_to_extensions, look_up
-from backpack_ext.saved_input import SavedInput, recomputes, saves_by_hooks
+from backpack_ext.saved_input import SavedInput, cast_input, recomputes, saves_by_hooks
 from backpack_ext.sharing import sharing
 from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
 
@@ -277,11 +277,12 @@ class SiteHook(Hook):
             lists = rule.lists(module, inputs)
             if lists and running is not None and running.listed and wanted:
                 running = self._count(module, lists, output, running)
-        known = recorded
+        hooked = recorded and saves_by_hooks()
         if rule is None and not recorded:  # a pass that reaches it shall raise
             recorded = wanted and any(map(is_no_parameter, module._parameters.values()))
-        hooked = known and saves_by_hooks()
-        if not (recorded and (wanted or hooked) and isinstance(output, Tensor)) or output.grad_fn is None:
+        if not (recorded and (wanted or hooked) and isinstance(output, Tensor)):
+            return
+        if output.grad_fn is None:
             return
         parameters = (
             rule.parameters(module)
@@ -299,6 +300,9 @@ class SiteHook(Hook):
             saved = SavedInput(x, brings_inputs_back() if recomputes() else wanted)
         if not wanted:
             return
+        cast = None
+        if x.dtype != output.dtype and rule is not None and not hooked and "weight" in parameters:
+            cast = cast_input(x, output)
         batch = None if running is None else running.batch
         if batch is None:
             rows = output if lists else x
@@ -317,6 +321,7 @@ class SiteHook(Hook):
             inputs[1:],
             saved=saved,
             keeps_input=not alone or sharing.current is not None,
+            cast=cast,
         )
         if sharing.current is not None:
             sharing.current.record(site)

@@ -28,6 +28,35 @@ def _hooks() -> tuple | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+# Operations under layers whose input autocast casts, each with the name of what it saves of it.
+_CAST_INPUTS = {
+    "AddmmBackward0": "_saved_mat1",
+    "MmBackward0": "_saved_self",
+    "ConvolutionBackward0": "_saved_input",
+}
+
+
+def cast_input(x: Tensor, output: Tensor) -> Tensor | None:
+    """Return what autocast made of a layer's input, if autograd keeps it; None if it is not found.
+
+    It is what the weights were multiplied with, and takes no further memory.
+
+    Args:
+        x: The layer's input.
+        output: Its output, of a lower data type.
+    """
+    node = output.grad_fn
+    for _ in range(3):  # reshapes
+        if node is None or node.name() in _CAST_INPUTS:
+            break
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    saved = None if node is None else getattr(node, _CAST_INPUTS[node.name()], None)
+    if not isinstance(saved, Tensor) or saved.dtype != output.dtype or saved.numel() != x.numel():
+        return None
+    same = saved.shape == x.shape or (saved.dim() == 2 and saved.shape[-1] == x.shape[-1])
+    return saved.detach().reshape(x.shape) if same and saved.is_contiguous() else None
+
+
 class SavedInput:
     """An input that went through the hooks that act on saved tensors, and comes back through them.
 

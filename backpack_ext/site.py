@@ -110,12 +110,14 @@ class Site:
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
         saved: SavedInput | None = None,
         keeps_input: bool = True,
+        cast: Tensor | None = None,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
+        self.depends_on_parameters = x.requires_grad
+        x = x if cast is None else cast
         self.x = x.detach() if keeps_input and saved is None else None
         self._saved, self._version = saved, x._version
         self.keeps_input, self.in_shape, self.in_dtype = keeps_input, x.shape, x.dtype
-        self.depends_on_parameters = x.requires_grad
         self._others: tuple[tuple[Tensor, int] | None, ...] = ()
         if others:
             self._others = tuple(None if t is None else (t.detach(), t._version) for t in others)

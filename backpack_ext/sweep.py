@@ -77,9 +77,7 @@ class Receiver:
 
 
 class _SweepReceiver(Receiver):
-    def __init__(
-        self, sites: dict[Site, list[Capture]], consumer: Deliver, reads_inputs: bool = False
-    ):
+    def __init__(self, sites: dict[Site, list[Capture]], consumer: Deliver, reads_inputs: bool = False):
         super().__init__(sites)
         self.consumer, self.reads_inputs = consumer, reads_inputs
 

@@ -6,19 +6,20 @@ A layer's hook is to keep nothing that autograd does not keep as well.
 
 from __future__ import annotations
 
+import argparse
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import backpack as theirs
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backpack_ext import KFAC, BatchGrad, backpack, extend
+from backpack_ext import KFAC, backpack, extend
 from benchmarks.memory import kept_memory
 from benchmarks.report import machine
 
@@ -105,64 +106,114 @@ def norms(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.BatchNorm2d)
 
 
-# What is trained, in which mode of the norms, and how.
+class Case(NamedTuple):
+    """What is measured.
+
+    Args:
+        trained: Which parameters are trained, by name and module.
+        training: Mode of the norms.
+        how: ``"checkpoint"`` for blocks that are computed again, ``"autocast"`` for bfloat16.
+    """
+
+    trained: Callable[[str, nn.Module], bool]
+    training: bool = True
+    how: str = ""
+
+
 CASES = {
-    "everything": (everything, True, ""),
-    "everything, checkpointed": (everything, True, "checkpoint"),
-    "everything, autocast": (everything, True, "autocast"),
-    "everything, eval()": (everything, False, ""),
-    "head": (head, True, ""),
-    "head, eval()": (head, False, ""),
-    "biases": (biases, True, ""),
-    "biases, eval()": (biases, False, ""),
-    "norms": (norms, True, ""),
-    "norms, eval()": (norms, False, ""),
+    "everything": Case(everything),
+    "everything, checkpointed": Case(everything, how="checkpoint"),
+    "everything, autocast": Case(everything, how="autocast"),
+    "head": Case(head),
+    "head, eval()": Case(head, training=False),
+    "biases": Case(biases),
+    "norms": Case(norms),
 }
 
 WAYS: dict[str, tuple[Callable, Callable[[], AbstractContextManager]]] = {
-    "plain": (lambda module: module, nullcontext),
-    "outside": (extend, nullcontext),
-    "KFAC expand": (extend, lambda: backpack(KFAC())),
-    "KFAC reduce": (extend, lambda: backpack(KFAC("reduce"))),
-    "BatchGrad": (extend, lambda: backpack(BatchGrad())),
+    "plain torch": (lambda module: module, nullcontext),
+    "ours": (extend, nullcontext),
+    "ours, in a block": (extend, lambda: backpack(KFAC(), KFAC("reduce", savefield="reduce"))),
     "BackPACK": (theirs.extend, nullcontext),
 }
 
 
-def kept(case: str, way: str, width: int, size: int, batch: int, device: str) -> int:
-    """Return the bytes that a forward pass leaves behind."""
-    trained, training, how = CASES[case]
+def kept(case: Case, way: str, width: int, size: int, batch: int, device: str) -> int:
+    """Return the bytes that a forward pass leaves behind.
+
+    Args:
+        case: What is trained.
+        way: Which of `WAYS`.
+        width: Channels of the first stage.
+        size: Height and width of the images.
+        batch: Number of images.
+        device: Where.
+    """
     hook, context = WAYS[way]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ResNet18(width, checkpointed=how == "checkpoint").to(device).train(training)
+        model = ResNet18(width, checkpointed=case.how == "checkpoint").to(device)
         x = torch.rand(batch, 3, size, size).to(device)
         y = torch.randint(CLASSES, (batch,)).to(device)
-    for path, module in model.named_modules():
+    for path, module in model.train(case.training).named_modules():
         for name, p in module.named_parameters(path, recurse=False):
-            p.requires_grad_(trained(name, module))
+            p.requires_grad_(case.trained(name, module))
+    if way == "BackPACK":  # whose hooks refuse operations in place
+        model.apply(lambda module: setattr(module, "inplace", False))
     model, loss_fn = hook(model), hook(nn.CrossEntropyLoss())
 
     def forward() -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, how == "autocast"):
+        with torch.autocast(x.device.type, torch.bfloat16, case.how == "autocast"):
             return loss_fn(model(x), y)
 
-    with context():
-        found = kept_memory(forward, device)
-        forward().backward()  # the block's warning is about those that compute nothing
+    with warnings.catch_warnings(), context():
+        warnings.simplefilter("ignore")  # no backward pass comes
+        forward()
+        return kept_memory(forward, device)
+
+
+def measure(width: int, size: int, batch: int, device: str) -> dict[str, dict[str, int | None]]:
+    """Return the bytes by case and way; None where a forward pass fails."""
+    found: dict[str, dict[str, int | None]] = {}
+    for name, case in CASES.items():
+        row = found[name] = {}
+        for way in WAYS:
+            try:
+                row[way] = kept(case, way, width, size, batch, device)
+            except RuntimeError:
+                row[way] = None
     return found
 
 
+def table(found: dict[str, dict[str, int | None]]) -> str:
+    """Return a table in reStructuredText, in MB."""
+    cells = [["MB alive after the forward", *WAYS]]
+    for name, row in found.items():
+        cells.append([name, *("-" if n is None else f"{n / 1e6:.2f}" for n in row.values())])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = "  ".join("=" * n for n in widths)
+    lines = ["  ".join(c.ljust(n) for c, n in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([rule, lines[0], rule, *lines[1:], rule])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print the table; store it as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kept", description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a narrow network and small images")
+    parser.add_argument(
+        "--output", type=Path, help="JSON; by default benchmarks/results/kept-DEVICE.json"
+    )
+    given = parser.parse_args(arguments)
+    width, size, batch = (8, 32, 2) if given.quick else (64, 224, 8)
+    found = measure(width, size, batch, given.device)
+    print(table(found))
+    about = f"ResNet-18 of width {width}, batch {batch}, 3x{size}x{size}, cross-entropy"
+    result = {"about": about, "machine": machine(given.device), "bytes": found}
+    kind = torch.device(given.device).type
+    path = given.output or Path(__file__).parent / "results" / f"kept-{kind}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    import sys, warnings
-    warnings.simplefilter("ignore")
-    w, s, b = map(int, sys.argv[1:4]) if len(sys.argv) > 3 else (64, 224, 8)
-    print(" " * 26, *(f"{way:>12}" for way in WAYS))
-    for case in CASES:
-        row = []
-        for way in WAYS:
-            try:
-                row.append(kept(case, way, w, s, b, "cpu"))
-            except Exception as e:
-                row.append(f"{type(e).__name__}")
-        print(f"{case:26}", *(f"{r / 1e6:12.3f}" if isinstance(r, int) else f"{r:>12.12}" for r in row), flush=True)
+    main()
