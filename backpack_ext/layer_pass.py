@@ -22,6 +22,7 @@ from backpack_ext.graph import Reach, walk
 from backpack_ext.layout import Layout
 from backpack_ext.loss_call import LossCall
 from backpack_ext.loss_scale import LossScale
+from backpack_ext.once import Once
 from backpack_ext.pending import Pending
 from backpack_ext.quiet import Quiet
 from backpack_ext.rules.base import Rule
@@ -71,6 +72,7 @@ class LayerPass(Receiver):
         self.pending = Pending()
         self.handles: list = []
         self.sweeping = False
+        self.inputs_known = Once() if len(extensions) > 1 else None
 
     # ------------------------------------------------------------------ events
 
@@ -352,6 +354,10 @@ class LayerPass(Receiver):
                     continue  # reported by check_coverage
                 if rule not in units:
                     units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
+                    if self.inputs_known is not None:
+                        vectors_known = Once() if len(extensions) > 1 else None
+                        for unit in units[rule]:
+                            unit.inputs_known, unit.vectors_known = self.inputs_known, vectors_known
                     if len(extensions) > 1 and sum(other.forms_grads for other in extensions) > 1:
                         for unit in units[rule]:
                             unit.keeps_grads = True

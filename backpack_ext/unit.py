@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import CHUNK, OneHot, bias_per_sample, cat_inputs, per_sample
+from backpack_ext.once import Once
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
@@ -30,8 +31,8 @@ class Unit:
     """
 
     __slots__ = (
-        "_G", "_a", "_b", "_existing", "_mean_a", "cotangents", "keeps_grads", "parameters", "rule",
-        "scale", "sites",
+        "_G", "_a", "_b", "_existing", "_mean_a", "cotangents", "inputs_known", "keeps_grads",
+        "parameters", "rule", "scale", "sites", "vectors_known",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +45,10 @@ class Unit:
         self._a = self._b = self._existing = self._G = self._mean_a = None
         # whether several extensions will ask for `weight_grads`
         self.keeps_grads = False
+        # what other extensions have formed of the same inputs, and of the same vectors too; None if
+        # there are no others
+        self.inputs_known: Once | None = None
+        self.vectors_known: Once | None = None
 
     @property
     def inverse_scale(self) -> float:
