@@ -67,7 +67,7 @@ def attach_loss(
                 f"targets gives {expected}. Pass the loss that was computed, or check=False if it "
                 "stands for another one on purpose."
             )
-    tie(value, LossCall(loss_module, logits, targets, batch_axis))
+    tie(value, LossCall(loss_module, logits, targets, batch_axis, value=value))
     return value
 
 

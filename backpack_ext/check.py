@@ -62,6 +62,8 @@ def check_layers(
         for chosen, seed in layout.halves(pattern):
             _check_rows(start, reach, seed, chosen, set(unseen))
     moved = _check_gradients(start, reach, pattern, {id(p) for s in unseen for p in _parameters(s)})
+    for site in reach.sites:
+        site.let_go()
     for site in unseen:  # where only zeros arrived, nothing was seen; but some layers stay dead
         left = site.checks.get(site.reading, TRIES) - 1
         site.checks[site.reading] = 0 if site in moved else left
@@ -120,11 +122,12 @@ def _check_gradients(start, reach: Reach, seed: Tensor, wanted: set[int]) -> set
             sums[id(p)] = sums.get(id(p), 0) + G
             sizes[id(p)] = sizes.get(id(p), 0) + size.norm()
             owners[id(p)] = site
-            rows[id(p)] = rows.get(id(p), 0) + unit.batch * unit.positions
+            rows[id(p)] = rows.get(id(p), 0) + unit.batch * unit.b.shape[3]
+        site.let_go()
 
     for site in reach.sites:
         parameters.update((id(p), p) for p in _parameters(site) if id(p) in wanted)
-    gradients = stream(start, reach, seed, add, list(parameters.values()))
+    gradients = stream(start, reach, seed, add, list(parameters.values()), reads_inputs=True)
     for (key, p), actual in zip(parameters.items(), gradients, strict=True):
         if key in unknown or key not in sums:
             continue

@@ -139,6 +139,14 @@ def keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def brings_inputs_back() -> bool:
+    """Whether inputs that a checkpoint computes again now will be read in the pass that runs."""
+    if Receiver.active is not None:
+        return Receiver.active.reads_inputs
+    running = _passes.get(torch._C._current_graph_task_id())
+    return running is not None and running.layers is not None and running.layers.reads_inputs
+
+
 def current_pass(extensions: tuple[Extension, ...]) -> BackwardPass:
     """Return the running backward pass, begun by its first event."""
     task = torch._C._current_graph_task_id()

@@ -15,12 +15,13 @@ from backpack_ext.attach import tie
 from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.context import check_thread, recording, tying
 from backpack_ext.data_parallel import check_replica
-from backpack_ext.engine import on_model_output, on_unrecorded_output
+from backpack_ext.engine import brings_inputs_back, on_model_output, on_unrecorded_output
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
-from backpack_ext.rules.base import look_up
+from backpack_ext.rules.base import Rule, is_known_to_extensions, look_up
+from backpack_ext.saved_input import SavedInput, cast_input, recomputes, saves_by_hooks
 from backpack_ext.sharing import sharing
 from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
 
@@ -276,9 +277,12 @@ class SiteHook(Hook):
             lists = rule.lists(module, inputs)
             if lists and running is not None and running.listed and wanted:
                 running = self._count(module, lists, output, running)
+        hooked = recorded and saves_by_hooks()
         if rule is None and not recorded:  # a pass that reaches it shall raise
             recorded = wanted and any(map(is_no_parameter, module._parameters.values()))
-        if not (recorded and wanted and isinstance(output, Tensor)) or output.grad_fn is None:
+        if not (recorded and (wanted or hooked) and isinstance(output, Tensor)):
+            return
+        if output.grad_fn is None:
             return
         parameters = (
             rule.parameters(module)
@@ -290,6 +294,15 @@ class SiteHook(Hook):
         x = inputs[0] if inputs else args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor):
             return  # a subclass with a forward of its own: its parameters are left to autograd
+        alone = _is_bias_alone(module, rule, parameters)
+        saved = None
+        if hooked and not alone:
+            saved = SavedInput(x, brings_inputs_back() if recomputes() else wanted)
+        if not wanted:
+            return
+        cast = None
+        if x.dtype != output.dtype and rule is not None and not hooked and "weight" in parameters:
+            cast = cast_input(x, output)
         batch = None if running is None else running.batch
         if batch is None:
             rows = output if lists else x
@@ -306,6 +319,9 @@ class SiteHook(Hook):
             output,
             self.checks,
             inputs[1:],
+            saved=saved,
+            keeps_input=not alone or sharing.current is not None,
+            cast=cast,
         )
         if sharing.current is not None:
             sharing.current.record(site)
@@ -384,7 +400,18 @@ class LossHook(Hook):
         arguments = ("input", "target") if rule is None else rule.arguments
         z, y, *others = _named(arguments, args, kwargs)
         if z is not None and y is not None and z.requires_grad:
-            tie(output, LossCall(module, z, y, self.batch_axis, others))
+            tie(output, LossCall(module, z, y, self.batch_axis, others, output))
+
+
+def _is_bias_alone(module: nn.Module, rule: Rule | None, parameters: dict) -> bool:
+    """Whether only the bias of an affine layer is trained: nothing needs the layer's input then."""
+    return (
+        "weight" not in parameters
+        and rule is not None
+        and not rule.elementwise
+        and list(parameters) == ["bias"]
+        and not is_known_to_extensions(type(module))
+    )
 
 
 def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor | None, ...]:

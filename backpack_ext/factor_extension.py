@@ -86,7 +86,7 @@ def _size(unit: Unit) -> float:
     """Return a number that depends on all of a layer's inputs and vectors."""
     with torch.no_grad():
         total = sum(float(g.abs().sum(dtype=torch.float64)) for g in unit.cotangents)
-        for site in unit.sites:
+        for site in (site for site in unit.sites if site.keeps_input):
             x = site.input()
             total += float(x.abs().sum(dtype=torch.float64)) / x.numel()
     return total

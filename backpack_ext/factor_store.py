@@ -109,8 +109,11 @@ class FactorStore:
             b = {role: self._kept(widen(unit.grads(role)), 1, data) for role in unit.parameters}
             self.width, a = len(next(iter(b.values()))), None
         else:
-            b, a = self._kept(widen(unit.b), 2, data), unit.a if inputs is None else inputs
-            if isinstance(a, OneHot):
+            b = self._kept(widen(unit.b), 2, data)
+            a = unit.a if inputs is None and "weight" in unit.parameters else inputs
+            if "weight" not in unit.parameters:
+                a = b.new_empty(0)  # a bias has no need of inputs
+            elif isinstance(a, OneHot):
                 a = a if data is None else a.select(data)
             else:
                 a = widen(a) if data is None else widen(a[:, data])

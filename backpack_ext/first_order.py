@@ -81,7 +81,7 @@ class PerSample(Extension):
         """Treat layers of equal shape as the groups of one layer."""
         unit = units[0]
         alone = len(units) == 1 or unit.sites[0].shared or unit.rule.elementwise
-        if alone or isinstance(unit.a, normal.OneHot):
+        if alone or ("weight" in unit.parameters and isinstance(unit.a, normal.OneHot)):
             super().absorb_all(store, units)
             return
         b = stack_vectors(units)

@@ -153,17 +153,15 @@ class KFAC(Extension):
             layer = store[unit.key] = _Layer(unit)
             self._check_joint(unit)
         if self.fisher != "forward":
-            divisors, factor = self._divisors(layer, unit), self.b_factor(unit)
-            b = self.rows.vectors(unit.b, divisors)
-            layer.add_B(self._second_moment(b, unit, "B", factor))
+            divisors = self._divisors(layer, unit)
+            layer.add_B(self._B([unit], divisors))
             if divisors is not None and "bias" in unit.parameters and not self.joins(unit.parameters):
                 # the exact block of a bias alone, whose inputs are known to be ones
-                b = self.rows.vectors(unit.b)
-                layer.add_bias_B(self._second_moment(b, unit, "B", factor))
+                layer.add_bias_B(self._B([unit]))
         if layer.is_new(unit) and "weight" in layer.parameters:
             if unit.sites[0].shared:
                 # calls may arrive from several losses: the inputs are joined at the end
-                layer.later = True
+                layer.later, layer.known = True, unit.inputs_known
             else:
                 self._add_inputs(layer, unit)
 
@@ -208,40 +206,61 @@ class KFAC(Extension):
             return
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
         groups = unit.groups
-        b = self.rows.vectors(stack_vectors(units))
-        B = self._second_moment(b, unit, "B", self.b_factor(unit))
-        for layer, part in zip(layers, B.split(groups), strict=True):
+        for layer, part in zip(layers, self._B(units).split(groups), strict=True):
             layer.add_B(part)
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
         if new:
-            a = self.rows.inputs_of([u for _, u in new])
-            normalize = self.rows.normalize(unit)
-            if self._keeps_root(a, unit):
-                for (layer, _), part in zip(new, a.split(groups), strict=True):
-                    layer.add_A(*self._root(part, unit), a.shape[1])
-                    layer.normalize = normalize
-                return
-            A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
-            last = self._last_row(a, unit)
-            last = [None] * len(A) if last is None else last.split(groups)
-            for (layer, _), part, row in zip(new, A, last, strict=True):
-                layer.add_A(part, row, a.shape[1])
-                layer.normalize = normalize
+            for (layer, _), found in zip(new, self._A([u for _, u in new]), strict=True):
+                layer.add_A(*found[:3])
+                layer.normalize = found[3]
 
     def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
         """Form A of one layer, and the mean input if the bias is joined."""
-        if self.rows.is_one_hot(unit):
+        ((A, last, rows, layer.normalize),) = self._A([unit])
+        layer.add_A(A, last, rows)
+
+    def _A(self, units: list[Unit]) -> list[tuple[Tensor, Tensor | None, int, str | None]]:
+        """Return A of layers of equal shape, its last row, how many rows it averages, and which way.
+
+        Vectors play no part in it: what another extension of the pass has formed serves this one.
+        """
+        known = units[0].inputs_known
+        if known is None:
+            return self._new_A(units)
+        dtype = units[0].dtype if units[0].cotangents else None
+        keys = [(frozenset(u.sites), u.rule, dtype, *self._kind(u)) for u in units]
+        return known.each(keys, lambda new: self._new_A([units[k] for k in new]))
+
+    def _new_A(self, units: list[Unit]) -> list[tuple[Tensor | Root, Tensor | None, int, str | None]]:
+        unit = units[0]
+        if len(units) == 1 and self.rows.is_one_hot(unit):
             A, rows = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
-            layer.add_A(A, None, rows)
-        else:
-            a = self.rows.inputs_of([unit])
-            if self._keeps_root(a, unit):
-                A, last = self._root(a, unit)
-            else:
-                A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
-                last = self._last_row(a, unit)
-            layer.add_A(A, last, a.shape[1])
-        layer.normalize = self.rows.normalize(unit)
+            return [(A, None, rows, self.rows.normalize(unit))]
+        a = self.rows.inputs_of(units)
+        rows, normalize = a.shape[1], self.rows.normalize(unit)
+        if self._keeps_root(a, unit):
+            return [(*self._root(part, unit), rows, normalize) for part in a.split(unit.groups)]
+        A = self._second_moment(a, unit, "A", 1 / max(1, rows)).split(unit.groups)
+        last = self._last_row(a, unit)
+        last = [None] * len(A) if last is None else last.split(unit.groups)
+        return [(part, row, rows, normalize) for part, row in zip(A, last, strict=True)]
+
+    def _B(self, units: list[Unit], divisors: Tensor | None = None) -> Tensor:
+        """Return B of layers of equal shape; ``divisors[n]`` turn sums over positions into means."""
+        unit = units[0]
+
+        def form() -> tuple[Tensor]:
+            b = self.rows.vectors(unit.b if len(units) == 1 else stack_vectors(units), divisors)
+            return (self._second_moment(b, unit, "B", self.b_factor(unit)),)
+
+        if unit.vectors_known is None or divisors is not None:
+            return form()[0]
+        return unit.vectors_known(("B", len(units), self.b_factor(unit), *self._kind(unit)), form)[0]
+
+    def _kind(self, unit: Unit) -> tuple:
+        """Return what tells factors of the same rows apart."""
+        joint = self.joins(unit.parameters)
+        return type(self), self.rows, self.max_dim, self.oversize, self.keep, joint
 
     def _keeps_root(self, a: Tensor, unit: Unit) -> bool:
         """Whether A is kept as its rows ``a[g,r,i]``."""
@@ -335,7 +354,9 @@ class KFAC(Extension):
         """Form A of a layer with several calls, whose inputs had to wait for all of them."""
         if layer.later:
             layer.later = False
-            self._add_inputs(layer, Unit(list(layer.sites), (), layer.rule))
+            unit = Unit(list(layer.sites), (), layer.rule)
+            unit.inputs_known, layer.known = layer.known, None
+            self._add_inputs(layer, unit)
 
     def _blocks(self, layer: _Layer, ones: dict[tuple, Tensor]) -> list[tuple[nn.Parameter, Kronecker]]:
         """Return the blocks of one layer's parameters; ``ones`` are shared between layers."""
@@ -411,8 +432,8 @@ class _Layer:
     """
 
     __slots__ = (
-        "A", "B", "axes", "bias_B", "bias_axes", "groups", "last", "later", "normalize", "parameters",
-        "parts", "rows", "rule", "sites",
+        "A", "B", "axes", "bias_B", "bias_axes", "groups", "known", "last", "later", "normalize",
+        "parameters", "parts", "rows", "rule", "sites",
     )  # fmt: skip
 
     def __init__(self, unit: Unit):
@@ -423,7 +444,7 @@ class _Layer:
         self.A = self.B = self.bias_B = self.last = None
         self.normalize: str | None = None  # None: no shared positions
         self.rows = 0
-        self.later = False
+        self.later, self.known = False, None
 
     def axes_of(self, role: str) -> Axes:
         """Return how the axes of a (whole) parameter form its matrix."""
@@ -492,7 +513,7 @@ class _Layer:
         layer = object.__new__(cls)
         _, layer.groups, layer.axes, layer.bias_axes, parts, summed = share.frame
         layer.parts, layer.parameters = dict(parts), parameters
-        layer.sites, layer.rule, layer.later = {}, None, False
+        layer.sites, layer.rule, layer.later, layer.known = {}, None, False, None
         layer.normalize = "sum" if summed else None
         sums = {name: part.tensor for name, part in share.parts.items()}
         layer.rows = int(share.counts["rows"])

@@ -22,6 +22,7 @@ from backpack_ext.graph import Reach, walk
 from backpack_ext.layout import Layout
 from backpack_ext.loss_call import LossCall
 from backpack_ext.loss_scale import LossScale
+from backpack_ext.once import Once
 from backpack_ext.pending import Pending
 from backpack_ext.quiet import Quiet
 from backpack_ext.rules.base import Rule
@@ -70,8 +71,15 @@ class LayerPass(Receiver):
         self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
         self.pending = Pending()
         self.handles: list = []
+        self.sweeping = False
+        self.inputs_known = Once() if len(extensions) > 1 else None
 
     # ------------------------------------------------------------------ events
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the main backward pass itself, not a sweep, brings vectors for extensions."""
+        return bool(self.main) and not self.sweeping
 
     def loss(self, call: LossCall, grad: Tensor) -> None:
         """Walk the graph behind a loss, tap the layers, run the sweeps that were asked for."""
@@ -96,8 +104,10 @@ class LayerPass(Receiver):
             self.unscaled.pop(site, None)
         self._tap(reach)
         self._check_layers(call.start, reach, layout, call.z, call.sharing, call.gradient)
+        self.sweeping = True
         for group in _by_sweep(seeds):
             self._sweep(call, reach, batch, group)
+        self.sweeping = False
 
     def output(self, node: Node, grad: Tensor) -> None:
         """Tap the layers behind a model's output, unless a loss has done so.
@@ -154,8 +164,10 @@ class LayerPass(Receiver):
         """Let go of inputs that nothing will ask for any more."""
         for site in self.bare.values():  # another pass makes its own
             site.release()
-        if not self.keep:
-            for site in self.expected:
+        for site in self.expected:
+            if self.keep:
+                site.let_go()
+            else:
                 site.release()
 
     @property
@@ -291,6 +303,8 @@ class LayerPass(Receiver):
                     self._deliver(group, pending, site, size * widen(g))
 
             sweep(call.start, reach, columns, count, deliver, partial(self._flush, group, pending))
+        for site in reach.sites:
+            site.let_go()
 
     def deliver(self, site: Site, g: Tensor) -> None:
         """Take the main backward's own gradient at a layer's output."""
@@ -341,6 +355,10 @@ class LayerPass(Receiver):
                     continue  # reported by check_coverage
                 if rule not in units:
                     units[rule] = [Unit(sites, gs, rule, scale) for sites, gs in layers]
+                    if self.inputs_known is not None:
+                        vectors_known = Once() if len(extensions) > 1 else None
+                        for unit in units[rule]:
+                            unit.inputs_known, unit.vectors_known = self.inputs_known, vectors_known
                     if len(extensions) > 1 and sum(other.forms_grads for other in extensions) > 1:
                         for unit in units[rule]:
                             unit.keeps_grads = True
@@ -355,10 +373,13 @@ class LayerPass(Receiver):
                     ext.absorb_all(self.stores[ext], units[rule])
 
     def _release(self, extensions, layers) -> None:
-        """Let go of the inputs of calls that nothing will ask for any more."""
-        if extensions is self.main and not self.holds:
-            for sites, _ in layers:
+        """Let go of the inputs of calls that nothing will ask for any more, or that can be had again."""
+        streams = Receiver.active is not None  # several columns come in chunks, which share the inputs
+        for sites, _ in layers:
+            if extensions is self.main and not self.holds:
                 sites[0].release()
+            elif streams or extensions is self.main:
+                sites[0].let_go()
 
 
 def empty_batch(start: str) -> ValueError:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.graph import edge_of
 from backpack_ext.layout import Layout
 from backpack_ext.losses import LOSSES, CrossEntropyRule, NLLRule, loss_rule
+from backpack_ext.saved_input import saves_by_hooks
 from curvature.decomposition import widen
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 class LossCall:
     """One call of a loss: its detached input, target, and the edge that a sweep starts from.
 
-    It is held by a tensor hook on the loss's value and holds only what lies upstream of it.
+    It is held by a tensor hook on the loss's value and holds only what lies upstream of it. Of the
+    cross-entropy's logits autograd keeps the logarithms of their softmax, which differ by a constant per
+    row that no quantity sees: where these are found, the logits are not held beside them.
 
     Args:
         module: The loss module.
@@ -30,6 +33,7 @@ class LossCall:
         y: Its target.
         batch_axis: 0; 1 if rows are to be read sequence-first.
         others: What else it was called with that may require a gradient.
+        value: What it returned.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class LossCall:
         y: Tensor,
         batch_axis: int = 0,
         others: Sequence[Tensor] = (),
+        value: Tensor | None = None,
     ):
         self.module, self.batch_axis = module, batch_axis
         self.rule = loss_rule(type(module))
@@ -46,10 +51,14 @@ class LossCall:
         if others:
             self.others = tuple(t.detach() for t in others)
             self.other_edges = tuple(edge_of(t) if t.requires_grad else None for t in others)
-        self.z, self._z_version = z.detach(), z._version
         self.y, self._y_version = y.detach(), y._version
         self.target_requires_grad = y.requires_grad
         self.start: GradientEdge | None = edge_of(z)
+        self._log_softmax = None
+        if value is not None and type(self.rule) is CrossEntropyRule and not saves_by_hooks():
+            self._log_softmax = _log_softmax_of(z, value)
+        self._z = z.detach() if self._log_softmax is None else None
+        self._z_version, self._dtype = z._version, z.dtype
         # the block in which the layers behind the loss were called, known in the backward pass
         self.sharing: sharing | None = None
 
@@ -57,6 +66,13 @@ class LossCall:
     def label(self) -> str:
         """The loss's class name, for messages."""
         return type(self.module).__name__
+
+    @property
+    def z(self) -> Tensor | None:
+        """The detached input, or logits with the same softmax; None once released."""
+        if self._z is None and self._log_softmax is not None:
+            self._z = self._log_softmax._saved_result.detach().to(self._dtype)
+        return self._z
 
     def check(self) -> None:
         """Raise if the loss's Hessian root cannot be had.
@@ -83,7 +99,8 @@ class LossCall:
                 f"{self.label}: the target requires a gradient, but only the curvature with respect "
                 "to the input is computed. Detach the target."
             )
-        if (self.z._version, self.y._version) != (self._z_version, self._y_version):
+        changed = self._log_softmax is None and self._z._version != self._z_version
+        if changed or self.y._version != self._y_version:
             raise RecordingError(
                 f"{self.label}: the logits or targets were modified in place after the loss had "
                 "read them. Use out-of-place operations there."
@@ -127,7 +144,7 @@ class LossCall:
 
     def _logits(self) -> Tensor:
         """Logits in float32 or above: roots of probabilities need the digits."""
-        return widen(self.z)
+        return widen(self.z if self._log_softmax is None else self._log_softmax._saved_result.detach())
 
     def layout(self, batch: int) -> Layout:
         """Return how the data are laid out in the logits."""
@@ -158,8 +175,28 @@ class LossCall:
 
     def release(self) -> None:
         """Let go of the logits and the graph."""
-        self.z = self.y = self.start = None
+        self._z = self._log_softmax = self.y = self.start = None
         self.others = self.other_edges = ()
+
+
+def _log_softmax_of(z: Tensor, value: Tensor) -> Node | None:
+    """Return the operation that took the logarithms of the softmax of z over axis 1, if one is found.
+
+    Its result must have float32's digits: roots of probabilities need them.
+    """
+    node = value.grad_fn
+    for _ in range(8):  # smoothing, class weights, reduction
+        if node is None or not node.next_functions:
+            return None
+        before = node.next_functions[0][0]
+        if node.name() == "LogSoftmaxBackward0":
+            cast = before is not z.grad_fn and before is not None and before.name() == "ToCopyBackward0"
+            source = before.next_functions[0] if cast else node.next_functions[0]
+            found = source == (z.grad_fn, z.output_nr) and node._saved_dim == 1
+            wide = node._saved_result.itemsize >= 4 and node._saved_result.shape == z.shape
+            return node if found and wide else None
+        node = before
+    return None
 
 
 class KnownDiagonal:

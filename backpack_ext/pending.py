@@ -23,16 +23,15 @@ class Pending:
 
     def add_small(self, site: Site, g: Tensor) -> bool:
         """Have a layer's vectors wait for those of layers like it, if the layer is small."""
-        x = site.x
         # layers in a `sharing` block may be read differently although their shapes are equal
-        if x is None or site.sharing is not None:
+        if site.sharing is not None or (site.x is None and site.keeps_input):
             return False
-        size = g.numel() + x.numel()
+        size = g.numel() + site.in_shape.numel()
         if size > self.SMALL:
             return False
         shapes = [p.shape for p in site.parameters.values()]
-        key = (type(site.module), site.rule, x.shape, x.dtype, g.shape, g.dtype, site.broadcast)
-        key = (*key, site.batch_axis)
+        key = (type(site.module), site.rule, site.in_shape, site.in_dtype, g.shape, g.dtype)
+        key = (*key, site.broadcast, site.batch_axis)
         self.small.setdefault((*key, *shapes, *site.parameters), []).append(([site], [g]))
         self.size += size
         return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.saved_input import SavedInput
 
 if TYPE_CHECKING:
     from backpack_ext.rules.base import Rule
@@ -45,7 +46,11 @@ class Site:
         name: Its path in the extended model.
         rule: The package-wide rule of its class; None if only single extensions have one.
         parameters: The trainable parameters by role, e.g. ``{"weight": p, "bias": q}``.
-        x: The detached input, None once released.
+        x: The detached input. None once released, where nothing needs it (`keeps_input`), and, where
+            it is saved by the hooks that autograd's own saved tensors go through, until it is read.
+        keeps_input: Whether something may need the input: the layer trains more than its bias.
+        in_shape: Shape of the input.
+        in_dtype: Data type of the input.
         batch: Number of data N in the mini-batch, known from the outermost module's input.
         batch_axis: Axis that counts the data in this layer's input and output.
         out_shape: Shape of the output.
@@ -66,6 +71,7 @@ class Site:
         "__weakref__",
         "_live",
         "_others",
+        "_saved",
         "_version",
         "batch",
         "batch_axis",
@@ -73,6 +79,9 @@ class Site:
         "checks",
         "depends_on_parameters",
         "error",
+        "in_dtype",
+        "in_shape",
+        "keeps_input",
         "module",
         "name",
         "note",
@@ -99,10 +108,16 @@ class Site:
         checks: dict,
         others: Sequence[Tensor | None] = (),
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
+        saved: SavedInput | None = None,
+        keeps_input: bool = True,
+        cast: Tensor | None = None,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
-        self.x, self._version = x.detach(), x._version
         self.depends_on_parameters = x.requires_grad
+        x = x if cast is None else cast
+        self.x = x.detach() if keeps_input and saved is None else None
+        self._saved, self._version = saved, x._version
+        self.keeps_input, self.in_shape, self.in_dtype = keeps_input, x.shape, x.dtype
         self._others: tuple[tuple[Tensor, int] | None, ...] = ()
         if others:
             self._others = tuple(None if t is None else (t.detach(), t._version) for t in others)
@@ -137,7 +152,7 @@ class Site:
     @property
     def looked_up(self) -> bool:
         """Whether the input consists of indices."""
-        return self.x is not None and not self.x.is_floating_point()
+        return not self.in_dtype.is_floating_point
 
     @property
     def shared(self) -> bool:
@@ -169,18 +184,52 @@ class Site:
         Raises:
             RecordingError: If it was released, or overwritten after the layer had read it.
         """
-        if self.x is None:
+        self.check_live()
+        if not self.keeps_input:
             raise RecordingError(
-                f"{self.label}: the layer's input is gone. It is kept until the first backward "
-                "pass without retain_graph=True."
+                f"{self.label}: the layer's input is not kept, because of its parameters only the bias "
+                "is trained, whose inputs are ones."
             )
+        if self.x is None:
+            self.bring_back(False)
         x, version = (self.x, self._version) if k == 0 else self._others[k - 1] or (None, 0)
-        if x is not None and x._version != version:
+        if x is not None and x._version > version:
             raise RecordingError(
                 f"{self.label}: the layer's input was modified in place after the layer had read "
                 "it. Use an out-of-place operation there."
             )
         return x
+
+    def check_live(self) -> None:
+        """Raise if the Site was released.
+
+        Raises:
+            RecordingError: If so.
+        """
+        if not self._live:
+            raise RecordingError(
+                f"{self.label}: the layer's input is gone. It is kept until the first backward "
+                "pass without retain_graph=True."
+            )
+
+    def bring_back(self, at_once: bool) -> None:
+        """Have the hooks that saved the input bring it back; see `SavedInput.read`.
+
+        Raises:
+            RecordingError: If they cannot.
+        """
+        if self.x is None and self._saved is not None:
+            self.x = self._saved.read(at_once)
+            if self.x is None:
+                raise RecordingError(
+                    f"{self.label}: the hooks that act on saved tensors did not bring the layer's input "
+                    "back. Was the model extended, or a parameter frozen, since the forward pass?"
+                )
+
+    def let_go(self) -> None:
+        """Forget an input that was brought back and can be brought back again."""
+        if self._saved is not None:
+            self.x = None
 
     def rows(self, t: Tensor, features: int) -> Tensor:
         """Bring an input to ``[N, S, *features]``: data first, all shared positions second.
@@ -243,7 +292,7 @@ class Site:
 
     def release(self) -> None:
         """Let go of the input; the Site no longer counts as a use of its parameters."""
-        self.x, self._others = None, ()
+        self.x, self._saved, self._others = None, None, ()
         if getattr(self, "_live", False):  # torch.compile makes Sites without running __init__
             self._live = False
             for key in self._keys():

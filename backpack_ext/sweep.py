@@ -44,6 +44,8 @@ class Receiver:
     active: Receiver | None = None
     # Whether absolute values go from where vectors are taken to a parameter outside of layers.
     absolute = False
+    # Whether layers' inputs are read as their vectors arrive; see `backpack_ext.saved_input`.
+    reads_inputs = False
 
     def __init__(self, sites: dict[Site, list[Capture]]):
         self.sites = sites
@@ -65,6 +67,8 @@ class Receiver:
                 return
             g = self.partial.pop(site)[1]
         self.done.add(site)
+        if self.reads_inputs and site.x is None:
+            site.bring_back(True)
         self.deliver(site, g)
 
     def deliver(self, site: Site, g: Tensor) -> None:
@@ -73,9 +77,9 @@ class Receiver:
 
 
 class _SweepReceiver(Receiver):
-    def __init__(self, sites: dict[Site, list[Capture]], consumer: Deliver):
+    def __init__(self, sites: dict[Site, list[Capture]], consumer: Deliver, reads_inputs: bool = False):
         super().__init__(sites)
-        self.consumer = consumer
+        self.consumer, self.reads_inputs = consumer, reads_inputs
 
     def deliver(self, site: Site, g: Tensor) -> None:
         """Pass them on."""
@@ -145,7 +149,7 @@ def sweep(
     if not reach.sites:
         return
     if count == 1:
-        stream(start, reach, columns(0, 1)[0], deliver)
+        stream(start, reach, columns(0, 1)[0], deliver, reads_inputs=True)
         chunk_done()
         return
     per_column = sum(site.out_shape.numel() for site in reach.sites)
@@ -164,10 +168,12 @@ def stream(
     deliver: Deliver,
     parameters: Sequence[Tensor] = (),
     absolute: bool = False,
+    reads_inputs: bool = False,
 ) -> Sequence[Tensor | None]:
     """Send one column; each Site's vector is consumed as it arrives.
 
-    With ``absolute``, parameters outside of layers get what absolute values send them.
+    With ``absolute``, parameters outside of layers get what absolute values send them. With
+    ``reads_inputs``, inputs that a checkpoint computes again are there when vectors arrive.
 
     Returns:
         The column's gradients of ``parameters``.
@@ -175,7 +181,7 @@ def stream(
     Raises:
         RecordingError: If a Site is reached without its vector arriving.
     """
-    receiver = _SweepReceiver(reach.sites, deliver)
+    receiver = _SweepReceiver(reach.sites, deliver, reads_inputs)
     receiver.absolute = absolute
     outer, Receiver.active = Receiver.active, receiver
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import CHUNK, OneHot, bias_per_sample, cat_inputs, per_sample
+from backpack_ext.once import Once
 from backpack_ext.rules.base import Rule
 from backpack_ext.site import Site
 from curvature import Axes
@@ -33,8 +34,8 @@ class Unit:
     """
 
     __slots__ = (
-        "_G", "_a", "_b", "_existing", "_mean_a", "cotangents", "keeps_grads", "parameters", "rule",
-        "scale", "sites",
+        "_G", "_a", "_b", "_existing", "_mean_a", "cotangents", "inputs_known", "keeps_grads",
+        "parameters", "rule", "scale", "sites", "vectors_known",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +48,10 @@ class Unit:
         self._a = self._b = self._existing = self._G = self._mean_a = None
         # whether several extensions will ask for `weight_grads`
         self.keeps_grads = False
+        # what other extensions have formed of the same inputs, and of the same vectors too; None if
+        # there are no others
+        self.inputs_known: Once | None = None
+        self.vectors_known: Once | None = None
 
     @property
     def inverse_scale(self) -> float:
@@ -88,7 +93,8 @@ class Unit:
 
         Squares and sums over the batch need the digits, and squares the range, of float32.
         """
-        x, g = self.sites[0].input().dtype, self.cotangents[0].dtype
+        self.sites[0].check_live()
+        x, g = self.sites[0].in_dtype, self.cotangents[0].dtype
         if self.rule.in_graph:  # under autocast its input was found cast already
             g = torch.promote_types(g, next(iter(self.parameters.values())).dtype)
         wide = torch.promote_types(x, g) if x.is_floating_point else g

@@ -1,4 +1,4 @@
-"""Peak memory of one step, beyond what is alive before it."""
+"""Memory of one step, beyond what is alive before it: its peak, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -28,28 +28,47 @@ def peak_memory(step: Callable[[], Any], device: str) -> int:
     Returns:
         Bytes beyond those that were allocated when the step began.
     """
+    return _measured(step, device)[0]
+
+
+def kept_memory(step: Callable[[], Any], device: str) -> int:
+    """Return the number of bytes that a step has allocated and that are alive when it ends.
+
+    What it returns is alive then; see `peak_memory` for what is seen.
+
+    Args:
+        step: The step.
+        device: ``"cpu"`` or a CUDA device.
+    """
+    return _measured(step, device)[1]
+
+
+def _measured(step: Callable[[], Any], device: str) -> tuple[int, int]:
+    """Return a step's peak memory, and what it leaves behind, in bytes."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()  # or a collection may hide what reference cycles keep alive
     try:
-        return _peak_cuda(step) if torch.device(device).type == "cuda" else _peak_cpu(step)
+        return _on_cuda(step) if torch.device(device).type == "cuda" else _on_cpu(step)
     finally:
         if enabled:
             gc.enable()
 
 
-def _peak_cuda(step: Callable[[], Any]) -> int:
+def _on_cuda(step: Callable[[], Any]) -> tuple[int, int]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    returned = step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    kept = torch.cuda.memory_allocated() - before
+    del returned
+    return torch.cuda.max_memory_allocated() - before, kept
 
 
-def _peak_cpu(step: Callable[[], Any]) -> int:
+def _on_cpu(step: Callable[[], Any]) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
+        returned = step()
     events = [
         (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
         for event in _events(recorded.profiler.kineto_results.experimental_event_tree())
@@ -64,7 +83,8 @@ def _peak_cpu(step: Callable[[], Any]) -> int:
         else:
             now -= alive.pop(address, 0)
         peak = max(peak, now)
-    return peak
+    del returned  # alive while events were recorded
+    return peak, now
 
 
 def _events(tree: list) -> Iterator:

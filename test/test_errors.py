@@ -166,10 +166,21 @@ def test_logits_modified_in_place():
     model, loss_fn, x, y = parts()
     with pytest.raises(RuntimeError, match="modified in place"), backpack(KFAC(fisher="exact")):
         out = model(x)
-        loss = loss_fn(out, y)
+        loss = extend(nn.MSELoss())(out, torch.zeros_like(out))
         with torch.no_grad():
             out.mul_(2)
         loss.backward()
+    # of the cross-entropy, autograd's own logarithms of the softmax are read, as its gradient does
+    found = []
+    for factor in (1, 2):
+        with backpack(KFAC(fisher="exact")):
+            out = model(x)
+            loss = loss_fn(out, y)
+            with torch.no_grad():
+                out.mul_(factor)
+            loss.backward()
+        found.append(next(model.parameters()).kfac.B)
+    torch.testing.assert_close(*found)
 
 
 def test_site_without_its_cotangent():

@@ -182,6 +182,11 @@ def register_class(cls: type[nn.Module]) -> None:
     _lookup.clear()
 
 
+def is_known_to_extensions(cls: type[nn.Module]) -> bool:
+    """Whether a single extension has a rule of its own for a class."""
+    return any(c in _extra_classes for c in cls.__mro__)
+
+
 # By class: its rule along the MRO, and whether its calls are recorded. None: not looked up yet.
 _lookup: dict[type[nn.Module], tuple[Rule | None, bool]] = {}
 
@@ -191,8 +196,7 @@ def look_up(cls: type[nn.Module]) -> tuple[Rule | None, bool]:
     entry = _lookup.get(cls)
     if entry is None:
         rule = next((RULES[c] for c in cls.__mro__ if c in RULES), None)
-        extra = any(c in _extra_classes for c in cls.__mro__)
-        entry = _lookup[cls] = (rule, rule is not None or extra)
+        entry = _lookup[cls] = (rule, rule is not None or is_known_to_extensions(cls))
     return entry
 
 
