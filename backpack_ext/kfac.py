@@ -255,7 +255,8 @@ class KFAC(Extension):
 
         if unit.vectors_known is None or divisors is not None:
             return form()[0]
-        return unit.vectors_known(("B", len(units), self.b_factor(unit), *self._kind(unit)), form)[0]
+        calls = tuple(frozenset(u.sites) for u in units)
+        return unit.vectors_known(("B", calls, self.b_factor(unit), *self._kind(unit)), form)[0]
 
     def _kind(self, unit: Unit) -> tuple:
         """Return what tells factors of the same rows apart."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
 
+from curvature import Root
+
 
 class Once:
     """Tensors by what they are; each asker has memory of its own.
@@ -53,4 +55,4 @@ class Once:
 
 
 def _copy(entry: tuple) -> tuple:
-    return tuple(t.clone() if isinstance(t, Tensor) else t for t in entry)
+    return tuple(t.clone() if isinstance(t, (Tensor, Root)) else t for t in entry)

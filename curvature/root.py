@@ -72,6 +72,10 @@ class Root:
         """The rows, and the shift if there is one."""
         return {"rows": self.rows} | ({} if self.shift is None else {"shift": self.shift})
 
+    def clone(self) -> Root:
+        """Return a copy with memory of its own."""
+        return Root(**{name: t.clone() for name, t in self.tensors.items()})
+
     def to(self, dtype: torch.dtype) -> Root:
         """Return the same in another data type."""
         if dtype == self.dtype:
