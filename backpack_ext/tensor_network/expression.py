@@ -17,7 +17,7 @@ from backpack_ext.tensor_network.simplification import simplified
 _MORE = 0xC0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expression:
     r"""A tensor network: a product of tensors, summed over all indices that the result has not.
 
