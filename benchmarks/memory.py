@@ -32,19 +32,19 @@ def peak_memory(step: Callable[[], Any], device: str) -> int:
     gc.collect()
     gc.disable()  # or a collection may hide what reference cycles keep alive
     try:
-        return _peak_cuda(step) if torch.device(device).type == "cuda" else _peak_cpu(step)
+        return _peak_cuda(step, device) if torch.device(device).type == "cuda" else _peak_cpu(step)
     finally:
         if enabled:
             gc.enable()
 
 
-def _peak_cuda(step: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+def _peak_cuda(step: Callable[[], Any], device: str) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _peak_cpu(step: Callable[[], Any]) -> int:

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import backpack_ext as our
+from benchmarks import peers
 from benchmarks.floor import operands, shapes_of, total_flops
+from benchmarks.goals import goal_of, near_floor, over_floor
 from benchmarks.memory import peak_memory
 from benchmarks.models import Problem
 from benchmarks.rows import Row
 from benchmarks.timing import Variant, interleave, summary
 
 PLAIN = ("plain",)
+# Who is measured beside us, where it can do a row: keys in the results.
+PEERS = ("backpack", "curvlinops")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Settings:
     def sync(self) -> None:
         """Wait until the device has done its work."""
         if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
@@ -71,13 +75,13 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         "rounds": len(times[PLAIN]),
         "plain_ms": _rounded([1e3 * t for t in summary(times[PLAIN])]),
         "plain_mib": _digits(peaks[PLAIN] / 2**20),
-        "rows": [_row(row, products[row.name], times, peaks) for row in rows],
+        "rows": [_row(row, products[row.name], times, peaks, problem.name) for row in rows],
     }
 
 
-def _row(row: Row, products: tuple, times: dict, peaks: dict) -> dict:
+def _row(row: Row, products: tuple, times: dict, peaks: dict, problem: str) -> dict:
     result: dict = {"name": row.name}
-    for side in ("ours", "backpack"):
+    for side in ("ours", *PEERS):
         key = (side, row.name)
         if key in times:
             ratios = [t / plain for t, plain in zip(times[key], times[PLAIN], strict=True)]
@@ -93,6 +97,10 @@ def _row(row: Row, products: tuple, times: dict, peaks: dict) -> dict:
         "time": _rounded(summary(floor)),
         "gflop": _digits(total_flops(products) / 1e9),
     }
+    result["over_floor"] = _digits(over_floor(result))
+    if goal := goal_of(problem, row.name):
+        result["goal"] = {"limit": goal.limit, "of": "floor" if goal.of_floor else "plain step"}
+        result["goal"] |= {"met": goal.met(result), "near_floor": near_floor(result)}
     return result
 
 
@@ -100,7 +108,7 @@ def _row(row: Row, products: tuple, times: dict, peaks: dict) -> dict:
 
 
 def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
-    """Build the steps on three copies of the model: plain, extended by us, by BackPACK."""
+    """Build the steps on copies of the model: plain, extended by us, by BackPACK, for curvlinops."""
     x, y = problem.x, problem.y
     plain = copy.deepcopy(problem.model)
     variants = {PLAIN: _variant(plain, nn.CrossEntropyLoss(), x, y, nullcontext, [])}
@@ -111,14 +119,19 @@ def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Va
         context = _context(our.backpack, exts) if row.context else nullcontext
         net = model if row.extended else bare
         variants["ours", row.name] = _variant(net, loss_fn, x, y, context, exts)
-    if problem.sequential:
+    done = [r for r in rows if r.theirs is not None and (problem.sequential or r.first_order)]
+    if done:
         model = their.extend(copy.deepcopy(problem.model))
         loss_fn = their.extend(nn.CrossEntropyLoss())
+        for row in done:
+            exts = row.theirs()
+            context = _context(their.backpack, exts) if row.context else nullcontext
+            variants["backpack", row.name] = _variant(model, loss_fn, x, y, context, exts)
+    if peers.installed():
+        model = copy.deepcopy(problem.model)
         for row in rows:
-            if row.theirs is not None:
-                exts = row.theirs()
-                context = _context(their.backpack, exts) if row.context else nullcontext
-                variants["backpack", row.name] = _variant(model, loss_fn, x, y, context, exts)
+            if row.curvlinops is not None:
+                variants["curvlinops", row.name] = peers.kfac(model, x, y, *row.curvlinops)
     return variants
 
 
