@@ -57,8 +57,7 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         A dictionary for JSON: times are quartiles ``[lower, median, upper]`` of ratios to the plain
         step of the same round, memory is the ratio of peaks.
     """
-    if problem.rows:
-        rows = [row for row in rows if any(word in row.name for word in problem.rows)]
+    rows = _chosen(problem, rows)
     steps = _steps(problem, rows, settings.device)
     products = _products(problem, rows)
     variants = steps | _floors(products, settings.device)
@@ -79,16 +78,37 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
     }
 
 
+def measure_ours(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
+    """Measure one problem as `measure` does, but neither peers nor floors.
+
+    Returns:
+        The problem's name, and for each row its name and our cell.
+    """
+    rows = _chosen(problem, rows)
+    steps = _our_steps(problem, rows, settings.device)
+    for variant in steps.values():
+        variant.warm_up(settings.sync)
+    peaks = {key: _peak(variant, settings) for key, variant in steps.items()}
+    times = interleave(steps, PLAIN, settings.sync, settings.seconds, settings.rounds)
+    cells = [{"name": row.name, "ours": _cell(("ours", row.name), times, peaks)} for row in rows]
+    return {"name": problem.name, "rows": cells}
+
+
+def _chosen(problem: Problem, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that a problem is meant for."""
+    return [row for row in rows if not problem.rows or any(word in row.name for word in problem.rows)]
+
+
+def _cell(key: tuple, times: dict, peaks: dict) -> dict:
+    ratios = [t / plain for t, plain in zip(times[key], times[PLAIN], strict=True)]
+    return {"time": _rounded(summary(ratios)), "memory": _digits(peaks[key] / peaks[PLAIN])}
+
+
 def _row(row: Row, products: tuple, times: dict, peaks: dict, problem: str) -> dict:
     result: dict = {"name": row.name}
     for side in ("ours", *PEERS):
-        key = (side, row.name)
-        if key in times:
-            ratios = [t / plain for t, plain in zip(times[key], times[PLAIN], strict=True)]
-            result[side] = {
-                "time": _rounded(summary(ratios)),
-                "memory": _digits(peaks[key] / peaks[PLAIN]),
-            }
+        if (side, row.name) in times:
+            result[side] = _cell((side, row.name), times, peaks)
     floor = [1.0] * len(times[PLAIN])
     if products:
         extra = times["floor", products]
@@ -107,8 +127,8 @@ def _row(row: Row, products: tuple, times: dict, peaks: dict, problem: str) -> d
 # --------------------------------------------------------------------------- variants
 
 
-def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
-    """Build the steps on copies of the model: plain, extended by us, by BackPACK, for curvlinops."""
+def _our_steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
+    """Build the plain step and ours, on copies of the model."""
     x, y = problem.x, problem.y
     plain = copy.deepcopy(problem.model)
     variants = {PLAIN: _variant(plain, nn.CrossEntropyLoss(), x, y, nullcontext, [])}
@@ -119,6 +139,13 @@ def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Va
         context = _context(our.backpack, exts) if row.context else nullcontext
         net = model if row.extended else bare
         variants["ours", row.name] = _variant(net, loss_fn, x, y, context, exts)
+    return variants
+
+
+def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
+    """Add BackPACK's and curvlinops' steps, on copies of their own."""
+    x, y = problem.x, problem.y
+    variants = _our_steps(problem, rows, device)
     done = [r for r in rows if r.theirs is not None and (problem.sequential or r.first_order)]
     if done:
         model = their.extend(copy.deepcopy(problem.model))
