@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with _threads(args.threads), warnings.catch_warnings():
         # BackPACK's full backward hooks make torch warn about inputs without gradient.
         warnings.filterwarnings("ignore", message=".*backward hook.*")
+        # It also does about containers that it does not know, whose layers it does.
+        warnings.filterwarnings("ignore", message="Extension saving to")
         return _run(args)
 
 

@@ -120,7 +120,7 @@ def text(rows: Sequence[dict], names: Sequence[str]) -> str:
     lines = [["problem", "time / plain step", *names, "second / first", "by chance", "memory", ""]]
     for row in rows:
         low, middle, high = row["time"]
-        verdict = ("slower" if middle > 1 else "FASTER") if row["changed"] else ""
+        verdict = ("slower" if middle > 1 else "faster") if row["changed"] else ""
         lines.append(
             [
                 row["problem"],

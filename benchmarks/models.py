@@ -322,17 +322,21 @@ def cnn(N: int, device: str = "cpu") -> Problem:
     return _problem("cnn", "CNN", about, _cnn, (N, 3, 32, 32))(device)
 
 
-def resnet(N: int, width: int, device: str = "cpu") -> Problem:
-    """Return a residual network whose first stage has ``width`` channels, and a batch of N images."""
-    about = f"ResNet-18, {width} to {8 * width} channels, batch norms evaluated; 3x32x32, batch {N}"
-    make = _problem("resnet", "ResNet-18", about, lambda: ResNet(width), (N, 3, 32, 32), False)
-    return make(device)
-
-
 def vit(N: int, device: str = "cpu") -> Problem:
     """Return the small vision transformer with a batch of N data."""
     about = f"ViT, 4 blocks of width 64, 4 heads, 64 patches of 3x32x32, batch {N}"
     make = _problem("vit", "ViT", about, lambda: ViT(32, 4, 64, 4, 4), (N, 3, 32, 32), False)
+    return make(device)
+
+
+def vit_of(N: int, tokens: int, depth: int = 4, device: str = "cpu") -> Problem:
+    """Return a vision transformer of width 64 on images of ``tokens`` patches, a square number."""
+    size = 4 * math.isqrt(tokens)
+    if (size // 4) ** 2 != tokens:
+        raise ValueError(f"vit_of: expected a square number of tokens, got {tokens}.")
+    about = f"ViT, {depth} blocks of width 64, 4 heads, {tokens} patches of 3x{size}x{size}, batch {N}"
+    shape = (N, 3, size, size)
+    make = _problem("vit", "ViT", about, lambda: ViT(size, 4, 64, depth, 4), shape, False)
     return make(device)
 
 

@@ -33,11 +33,13 @@ class Settings:
         seconds: Time for the rounds of one problem.
         rounds: Smallest and largest number of rounds.
         device: Where to run.
+        peers: Whether to measure others beside us.
     """
 
     seconds: float
     rounds: tuple[int, int]
     device: str = "cpu"
+    peers: bool = True
 
     def sync(self) -> None:
         """Wait until the device has done its work."""
@@ -58,7 +60,8 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         step of the same round, memory is the ratio of peaks.
     """
     rows = _chosen(problem, rows)
-    steps = _steps(problem, rows, settings.device)
+    build = _steps if settings.peers else _our_steps
+    steps = build(problem, rows, settings.device)
     products = _products(problem, rows)
     variants = steps | _floors(products, settings.device)
     for variant in variants.values():
