@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     depths = sorted(args.depths or ([1, 2, 4] if args.quick else [3, 6, 12, 24]))
     rounds = (1, 1) if args.quick else (3, 15)
-    settings = Settings(0.0 if args.quick else args.seconds, rounds, args.device)
+    settings = Settings(0.0 if args.quick else args.seconds, rounds, args.device, peers=False)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
