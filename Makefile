@@ -30,6 +30,7 @@ format: $(STAMP)
 tables: $(STAMP)
 	$(BIN)/python -m backpack_ext.support README.rst
 	$(BIN)/python -m backpack_ext.training README.rst
+	$(BIN)/python -m benchmarks --readme README.rst
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

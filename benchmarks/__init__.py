@@ -1,4 +1,5 @@
 """Time and peak memory of each extension, relative to a plain forward and backward.
 
-``python -m benchmarks`` prints a table and stores it in ``benchmarks/results``.
+``python -m benchmarks`` prints tables and stores them in ``benchmarks/results``. ``benchmarks.scaling``
+fits exponents of growth, ``benchmarks.compare`` measures two commits against each other.
 """

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +29,12 @@ from backpack_ext import (
     Variance,
 )
 from benchmarks import report
+from benchmarks.fit import power_law
 from benchmarks.floor import Product, Shapes
 from benchmarks.models import DEEP
 from benchmarks.rows import ROWS, Row
 from benchmarks.suite import Settings, measure
+from benchmarks.table import simple
 
 RESULTS = Path(__file__).parent / "results"
 DEPTH = 12  # of the models whose ratios are printed; the deepest ones if it is not measured
@@ -67,12 +68,8 @@ DEEP_ROWS = (
 
 def exponent(depths: Sequence[int], values: Sequence[float]) -> float | None:
     """Return the slope of log value over log depth by least squares; None where it has none."""
-    if len(set(depths)) < 2 or min(values) <= 0:
-        return None
-    x, y = ([math.log(v) for v in values] for values in (depths, values))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return slope / sum((a - mean_x) ** 2 for a in x)
+    fit = power_law(depths, values)
+    return None if fit is None else fit.exponent
 
 
 def growth(problems: Sequence[dict], depths: Sequence[int]) -> list[dict]:
@@ -116,7 +113,7 @@ def ratios_table(results: dict[str, dict]) -> str:
             line += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{middle / floor:.2f}"]
             line += [f"{ours['memory']:.2f}"]
         lines.append(line)
-    return _table(lines)
+    return simple(lines)
 
 
 def growth_table(title: str, depths: Sequence[int], rows: Sequence[dict]) -> str:
@@ -125,14 +122,7 @@ def growth_table(title: str, depths: Sequence[int], rows: Sequence[dict]) -> str
     for row in rows:
         slopes = ["-" if row[k] is None else f"{row[k]:.2f}" for k in ("exponent", "relative")]
         lines.append([row["name"], *(f"{ms:.4g}" for ms in row["ms"]), *slopes])
-    return _table(lines)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    rule = "  ".join("=" * w for w in widths)
-    body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([rule, body[0], rule, *body[1:], rule])
+    return simple(lines)
 
 
 # --------------------------------------------------------------------------- command
@@ -151,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     depths = sorted(args.depths or ([1, 2, 4] if args.quick else [3, 6, 12, 24]))
     rounds = (1, 1) if args.quick else (3, 15)
-    settings = Settings(0.0 if args.quick else args.seconds, rounds, args.device)
+    settings = Settings(0.0 if args.quick else args.seconds, rounds, args.device, peers=False)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:

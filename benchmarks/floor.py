@@ -11,7 +11,7 @@ half of a symmetric product could be saved by one that knows of the symmetry.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -69,6 +69,8 @@ class ConvInput:
         stride: Of the convolution.
         padding: Of the convolution.
         batch: Number of vectors.
+        dilation: Of the convolution.
+        groups: Of the convolution; ``weight_shape`` has the channels of one group.
     """
 
     in_shape: tuple[int, ...]
@@ -77,6 +79,13 @@ class ConvInput:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     batch: int = 1
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @property
+    def _options(self) -> dict:
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def flops(self) -> int:
@@ -86,8 +95,8 @@ class ConvInput:
     def prepare(self, operands: Operands) -> Callable[[], Tensor]:
         """Return a function that computes the product."""
         g, weight = operands(self.batch, *self.out_shape), operands(*self.weight_shape)
-        size = (self.batch, *self.in_shape)
-        return lambda: nn.grad.conv2d_input(size, weight, g, stride=self.stride, padding=self.padding)
+        size, options = (self.batch, *self.in_shape), self._options
+        return lambda: nn.grad.conv2d_input(size, weight, g, **options)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class ConvWeight(ConvInput):
     def prepare(self, operands: Operands) -> Callable[[], Tensor]:
         """Return a function that computes the product."""
         g, x = operands(self.batch, *self.out_shape), operands(self.batch, *self.in_shape)
-        size, options = self.weight_shape, {"stride": self.stride, "padding": self.padding}
+        size, options = self.weight_shape, self._options
         return lambda: nn.grad.conv2d_weight(x, size, g, **options)
 
 
@@ -111,10 +120,11 @@ class Layer:
     Args:
         N: Number of data.
         S: Number of shared positions (tokens, output pixels); 1 for a plain linear layer.
-        i: Number of input features (convolution: channels times kernel).
-        o: Number of output features.
+        i: Number of input features of a group (convolution: channels times kernel).
+        o: Number of output features of a group.
         upstream: Whether vectors have to travel further, to layers before this one.
         conv: What a convolution does to one datum; None for a linear layer.
+        groups: Number of groups, 1 for a linear layer; each has products of its own.
     """
 
     N: int
@@ -123,6 +133,7 @@ class Layer:
     o: int
     upstream: bool
     conv: ConvInput | None = None
+    groups: int = 1
 
     def vjp(self, V: int) -> list[Product]:
         """Carry V vectors per datum to the layer's input; nothing to do for the first layer."""
@@ -130,39 +141,37 @@ class Layer:
             return []
         if self.conv is None:
             return [MatMul(1, V * self.N * self.S, self.o, self.i)]
-        c = self.conv
-        return [ConvInput(c.in_shape, c.out_shape, c.weight_shape, c.stride, c.padding, V * self.N)]
+        return [replace(self.conv, batch=V * self.N)]
 
     def weight_product(self) -> list[Product]:
         """Contract inputs with vectors, summed over data and positions, as the gradient does."""
         if self.conv is None:
             return [MatMul(1, self.o, self.N * self.S, self.i, "tn")]
-        c = self.conv
-        return [ConvWeight(c.in_shape, c.out_shape, c.weight_shape, c.stride, c.padding, self.N)]
+        return [ConvWeight(**vars(replace(self.conv, batch=self.N)))]
 
     def factors(self, approx: str, V: int) -> list[Product]:
         """Form A and B of KFAC-expand or KFAC-reduce."""
         rows = self.N * (self.S if approx == "expand" else 1)
         return [
-            MatMul(1, self.i, rows, self.i, "tn"),
-            MatMul(1, self.o, V * rows, self.o, "tn"),
+            MatMul(self.groups, self.i, rows, self.i, "tn"),
+            MatMul(self.groups, self.o, V * rows, self.o, "tn"),
         ]
 
     def per_sample(self, V: int = 1) -> list[Product]:
         """Form the per-sample vectors ``sum_s b a``."""
-        return [MatMul(V * self.N, self.o, self.S, self.i, "tn")]
+        return [MatMul(self.groups * V * self.N, self.o, self.S, self.i, "tn")]
 
     def square_sum(self, V: int = 1) -> list[Product]:
         """Sum the squared per-sample vectors: without a shared axis one product of squares."""
         if self.S == 1:
-            return [MatMul(1, self.o, self.N, self.i, "tn")]
+            return [MatMul(self.groups, self.o, self.N, self.i, "tn")]
         return self.per_sample(V)
 
     def norms(self) -> list[Product]:
         """Norms of the per-sample gradients: vector norms, Gram products, or the gradients."""
         if self.S == 1:
             return []
-        gram = [MatMul(self.N, self.S, d, self.S, "nt") for d in (self.i, self.o)]
+        gram = [MatMul(self.groups * self.N, self.S, d, self.S, "nt") for d in (self.i, self.o)]
         return min(gram, self.per_sample(), key=total_flops)
 
     def dots(self) -> list[Product]:
@@ -173,26 +182,29 @@ class Layer:
         """Pairwise dot products of V per-sample vectors per datum, the cheaper of two ways."""
         rows = self.N * self.S
         kernel = [
-            MatMul(1, rows, self.i, rows, "nt"),
-            MatMul(1, V * rows, self.o, V * rows, "nt"),
+            MatMul(self.groups, rows, self.i, rows, "nt"),
+            MatMul(self.groups, V * rows, self.o, V * rows, "nt"),
         ]
         if self.S == 1:
             return kernel
         columns = V * self.N
-        explicit = [*self.per_sample(V), MatMul(1, columns, self.o * self.i, columns, "nt")]
+        explicit = [
+            *self.per_sample(V),
+            MatMul(1, columns, self.groups * self.o * self.i, columns, "nt"),
+        ]
         return min(kernel, explicit, key=total_flops)
 
     def combined(self, k: int) -> list[Product]:
         """Form k combinations of the per-sample vectors, as k gradients."""
-        return [MatMul(k, self.o, self.N * self.S, self.i, "tn")]
+        return [MatMul(self.groups * k, self.o, self.N * self.S, self.i, "tn")]
 
     def first_order(self) -> list[Product]:
         """Norms, dots and second moments of the per-sample gradients, formed once for all of them."""
         if self.S == 1:
             return [*self.square_sum(), *self.dots()]
         rows = self.N * self.S
-        gram = [MatMul(1, rows, d, rows, "nt") for d in (self.i, self.o)]
-        explicit = [MatMul(1, self.N, self.o * self.i, self.N, "nt")]
+        gram = [MatMul(self.groups, rows, d, rows, "nt") for d in (self.i, self.o)]
+        explicit = [MatMul(1, self.N, self.groups * self.o * self.i, self.N, "nt")]
         return [*self.per_sample(), *min(gram, explicit, key=total_flops)]
 
 
@@ -253,11 +265,15 @@ def shapes_of(model: nn.Module, x: Tensor) -> Shapes:
     """Run the model once and note the shapes of its layers.
 
     Args:
-        model: Any model of linear layers, ungrouped 2d convolutions and `SelfAttention`.
+        model: Any model of linear layers, 2d convolutions with zero padding and `SelfAttention`. Other
+            layers are passed over: norms and embeddings need no product that counts.
         x: Its input ``[N, ...]``.
 
     Returns:
         The shapes, in the order of the forward pass.
+
+    Raises:
+        ValueError: If a convolution pads with something else than zeros.
     """
     layers: list[Layer] = []
     attentions: list[Attention] = []
@@ -286,15 +302,17 @@ def _linear(module: nn.Linear, x: Tensor, N: int) -> Layer:
 
 
 def _conv(module: nn.Conv2d, x: Tensor, output: Tensor) -> Layer:
-    if module.groups != 1:
-        raise ValueError(f"The floor is counted for ungrouped convolutions, got {module}.")
-    weight = tuple(module.weight.shape)
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise ValueError(f"The floor is counted for zero padding given as numbers, got {module}.")
+    weight, groups = tuple(module.weight.shape), module.groups
     conv = ConvInput(
         *(tuple(x.shape[1:]), tuple(output.shape[1:]), weight),
         *(tuple(module.stride), tuple(module.padding)),
+        dilation=tuple(module.dilation),
+        groups=groups,
     )
-    S = output.shape[2:].numel()
-    return Layer(len(x), S, prod(weight[1:]), weight[0], x.requires_grad, conv)
+    S, o = output.shape[2:].numel(), weight[0] // groups
+    return Layer(len(x), S, prod(weight[1:]), o, x.requires_grad, conv, groups)
 
 
 def operands(device: str) -> Operands:

@@ -49,21 +49,21 @@ def _measured(step: Callable[[], Any], device: str) -> tuple[int, int]:
     gc.collect()
     gc.disable()  # or a collection may hide what reference cycles keep alive
     try:
-        return _on_cuda(step) if torch.device(device).type == "cuda" else _on_cpu(step)
+        return _on_cuda(step, device) if torch.device(device).type == "cuda" else _on_cpu(step)
     finally:
         if enabled:
             gc.enable()
 
 
-def _on_cuda(step: Callable[[], Any]) -> tuple[int, int]:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+def _on_cuda(step: Callable[[], Any], device: str) -> tuple[int, int]:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     returned = step()
-    torch.cuda.synchronize()
-    kept = torch.cuda.memory_allocated() - before
+    torch.cuda.synchronize(device)
+    kept = torch.cuda.memory_allocated(device) - before
     del returned
-    return torch.cuda.max_memory_allocated() - before, kept
+    return torch.cuda.max_memory_allocated(device) - before, kept
 
 
 def _on_cpu(step: Callable[[], Any]) -> tuple[int, int]:

@@ -14,6 +14,8 @@ CLASSES = 10
 
 # Words in the names of rows that measure Hessian diagonals.
 DIAGONALS = ("HesScale", "BL89")
+# Words in the names of rows that are measured where a step takes half a second.
+LARGE = ("KFAC expand mc", "KFAC reduce", "SumGradSquared", "DiagGGN mc", "extended")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Problem:
         model: The model, not extended.
         x: The inputs, ``[N, ...]``.
         y: The labels, ``[N]``.
-        sequential: Whether BackPACK's extensions can treat the model.
+        sequential: Whether BackPACK's extensions can treat the model; if not, those of first order,
+            which carry no vectors through the graph, still can.
         rows: Words of which a row's name must have one to be measured; empty: all rows.
     """
 
@@ -116,6 +119,59 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))
+
+
+class Residual(nn.Module):
+    """A basic block of a ResNet: two convolutions 3x3, and a shortcut around them.
+
+    Args:
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        stride: Of the first convolution; the shortcut has a 1x1 convolution where shapes change.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            down = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(down, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what the convolutions make of the input to the input."""
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet-18 for small images: a 3x3 stem, four stages of two blocks, the mean over pixels.
+
+    Its batch norms are evaluated with their running statistics (`eval()`): with those of the batch
+    there are no per-sample quantities. They have weights and biases, which are covered too.
+
+    Args:
+        width: Channels of the first stage; each further one has twice as many at half the size.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        widths = [width * 2**k for k in range(4)]
+        blocks = []
+        for stage, (inputs, outputs) in enumerate(zip([width, *widths], widths, strict=False)):
+            blocks += [Residual(inputs, outputs, 1 if stage == 0 else 2), Residual(outputs, outputs, 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], CLASSES)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``[N, classes]`` of images ``[N, 3, height, width]``."""
+        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        return self.head(x.mean((2, 3)))
 
 
 class GPT(nn.Module):
@@ -214,6 +270,15 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
         *("cnn", "CNN", "three convolutions 3x3 (32, 64, 64), ReLU, max-pool, head; 3x32x32, batch 64"),
         *(_cnn, (64, 3, 32, 32)),
     ),
+    "resnet": _problem(
+        *(
+            "resnet",
+            "ResNet-18",
+            "ResNet-18, 64 to 512 channels, batch norms evaluated; 3x32x32, batch 32",
+        ),
+        *(ResNet, (32, 3, 32, 32), False),
+        rows=LARGE,
+    ),
     "vit": _problem(
         *("vit", "ViT", "ViT, 4 blocks of width 64, 4 heads, 64 patches of 3x32x32, batch 32"),
         *(lambda: ViT(32, 4, 64, 4, 4), (32, 3, 32, 32), False),
@@ -240,6 +305,10 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
 }
 
 
+# What a run without ``--models`` measures; the others take minutes of their own.
+DEFAULT = tuple(name for name in PROBLEMS if name != "resnet")
+
+
 def mlp(N: int, width: int = 512, classes: int = CLASSES, device: str = "cpu") -> Problem:
     """Return an MLP with two hidden layers, and a batch of N data."""
     about = f"MLP 784-{width}-{width}-{classes}, ReLU, batch {N}"
@@ -257,6 +326,17 @@ def vit(N: int, device: str = "cpu") -> Problem:
     """Return the small vision transformer with a batch of N data."""
     about = f"ViT, 4 blocks of width 64, 4 heads, 64 patches of 3x32x32, batch {N}"
     make = _problem("vit", "ViT", about, lambda: ViT(32, 4, 64, 4, 4), (N, 3, 32, 32), False)
+    return make(device)
+
+
+def vit_of(N: int, tokens: int, depth: int = 4, device: str = "cpu") -> Problem:
+    """Return a vision transformer of width 64 on images of ``tokens`` patches, a square number."""
+    size = 4 * math.isqrt(tokens)
+    if (size // 4) ** 2 != tokens:
+        raise ValueError(f"vit_of: expected a square number of tokens, got {tokens}.")
+    about = f"ViT, {depth} blocks of width 64, 4 heads, {tokens} patches of 3x{size}x{size}, batch {N}"
+    shape = (N, 3, size, size)
+    make = _problem("vit", "ViT", about, lambda: ViT(size, 4, 64, depth, 4), shape, False)
     return make(device)
 
 

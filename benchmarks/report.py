@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from benchmarks.goals import goal_of, near_floor, over_floor
+from benchmarks.models import DIAGONALS
+from benchmarks.table import aligned, simple
 
 
 def machine(device: str) -> dict:
@@ -48,31 +53,36 @@ def _cpu_model() -> str:
 # Upper over lower quartile of the plain step beyond which a table is marked as unreliable. Other
 # processes on the same cores slow parallel regions down by far more than their share of the time.
 DISTURBED = 1.5
-_HEAD = ("time / plain", "ours", "BackPACK", "floor", "| memory: ours", "BackPACK")
+_HEAD = ["time / plain", "ours", "BackPACK", "curvlinops", "floor", "ours / floor", "goal"]
+_HEAD += ["| memory: ours", "BackPACK", "curvlinops"]
 
 
 def text(result: dict) -> str:
-    """Return one problem's table: medians with quartiles, and memory."""
+    """Return one problem's table: medians with quartiles, what they should be, and memory."""
     plain, mib = _spread(result["plain_ms"]), result["plain_mib"]
     title = f"{result['about']}: plain step {plain} ms, {mib:.4g} MiB, {result['rounds']} rounds"
     if result["plain_ms"][2] > DISTURBED * result["plain_ms"][0]:
         title += "\nDISTURBED: the plain step's time varies; are other processes running?"
-    cells = [_HEAD, *(_text_row(row) for row in result["rows"])]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(_HEAD))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join([title, *(line.rstrip() for line in lines)])
+    lines = [_HEAD, *(_text_row(row, result["name"]) for row in result["rows"])]
+    return "\n".join([title, aligned(lines)])
 
 
-def _text_row(row: dict) -> tuple[str, ...]:
-    ours, theirs = row["ours"], row.get("backpack")
-    return (
-        row["name"],
-        _spread(ours["time"]),
-        _spread(theirs["time"]) if theirs else "-",
-        _spread(row["floor"]["time"]),
-        f"| {ours['memory']:.2f}",
-        f"{theirs['memory']:.2f}" if theirs else "-",
-    )
+def _text_row(row: dict, problem: str) -> list[str]:
+    sides = [row.get(side) for side in ("ours", "backpack", "curvlinops")]
+    times = [_spread(side["time"]) if side else "-" for side in sides]
+    sizes = [f"{side['memory']:.2f}" if side else "-" for side in sides]
+    goal, over = goal_of(problem, row["name"]), f"{over_floor(row):.2f}"
+    if goal is None:
+        verdict = ""
+    else:
+        verdict = f"{goal} {_verdict(goal.met(row))}"
+        over += f" {_verdict(near_floor(row))}"
+    floor = _spread(row["floor"]["time"])
+    return [row["name"], *times, floor, over, verdict, f"| {sizes[0]}", *sizes[1:]]
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
 
 
 def _spread(quartiles: list[float]) -> str:
@@ -93,41 +103,77 @@ def rst(report: dict, what: str = "time", words: tuple[str, ...] = (), having: b
 
     Args:
         report: What `write` stores.
-        what: ``"time"``, cells ``ours (BackPACK; floor)``, or ``"memory"``, ``ours (BackPACK)``.
+        what: A cell of ``"time"`` is ours (BackPACK; curvlinops; floor), of ``"memory"`` ours (BackPACK;
+            curvlinops), of ``"floor"`` ours over the floor, of ``"goals"`` ours, the goal and whether it
+            is met; only the last leaves out rows, those without a goal.
         words: Words to choose rows by.
         having: Whether those rows are wanted whose names have one of the words, or the others.
 
     Returns:
-        A simple table in reStructuredText, of medians relative to a plain step.
+        A simple table in reStructuredText, of medians relative to a plain step; empty without rows.
     """
-    cell = {"time": _time_cell, "memory": _memory_cell}[what]
-    problems = [
-        problem | {"rows": rows}
+    head, cell = _CELLS[what]
+    cells = {
+        (problem["title"], row["name"]): found
         for problem in report["problems"]
-        if (rows := [r for r in problem["rows"] if any(w in r["name"] for w in words) == having])
-    ]
-    if not problems:
+        for row in problem["rows"]
+        if any(w in row["name"] for w in words) == having and (found := cell(row, problem["name"]))
+    }
+    if not cells:
         return ""
-    head = (f"{what} / plain step", *(p["title"] for p in problems))
-    names = list(dict.fromkeys(row["name"] for p in problems for row in p["rows"]))
-    lines = [head]
-    for name in names:
-        found = [next((r for r in p["rows"] if r["name"] == name), None) for p in problems]
-        lines.append((name, *("" if row is None else cell(row) for row in found)))
-    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    rule = "  ".join("=" * w for w in widths)
-    body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(line.rstrip() for line in (rule, body[0], rule, *body[1:], rule))
+    titles, names = (list(dict.fromkeys(key[k] for key in cells)) for k in (0, 1))
+    body = [[name, *(cells.get((title, name), "") for title in titles)] for name in names]
+    return simple([[head, *titles], *body])
 
 
-def _time_cell(row: dict) -> str:
-    theirs = f"{row['backpack']['time'][1]:.2f}" if "backpack" in row else "-"
-    return f"{row['ours']['time'][1]:.2f} ({theirs}; {row['floor']['time'][1]:.2f})"
+def _time_cell(row: dict, problem: str) -> str:
+    others = [
+        f"{row[side]['time'][1]:.2f}" if side in row else "-" for side in ("backpack", "curvlinops")
+    ]
+    return f"{row['ours']['time'][1]:.2f} ({'; '.join(others)}; {row['floor']['time'][1]:.2f})"
 
 
-def _memory_cell(row: dict) -> str:
-    theirs = f"{row['backpack']['memory']:.2f}" if "backpack" in row else "-"
-    return f"{row['ours']['memory']:.2f} ({theirs})"
+def _floor_cell(row: dict, problem: str) -> str:
+    return f"{over_floor(row):.2f}"
+
+
+def _goal_cell(row: dict, problem: str) -> str:
+    goal = goal_of(problem, row["name"])
+    if goal is None:
+        return ""
+    value = over_floor(row) if goal.of_floor else row["ours"]["time"][1]
+    return f"{value:.2f} of {goal}: {'met' if goal.met(row) else 'missed'}"
+
+
+def _memory_cell(row: dict, problem: str) -> str:
+    others = [
+        f"{row[side]['memory']:.2f}" if side in row else "-" for side in ("backpack", "curvlinops")
+    ]
+    return f"{row['ours']['memory']:.2f} ({'; '.join(others)})"
+
+
+_CELLS: dict[str, tuple[str, Callable[[dict, str], str]]] = {
+    "time": ("time / plain step", _time_cell),
+    "floor": ("time / floor", _floor_cell),
+    "goals": ("time / plain step, goal", _goal_cell),
+    "memory": ("memory / plain step", _memory_cell),
+}
+
+# The README's tables are between these lines.
+_COMMAND = "written by ``python -m benchmarks --readme README.rst``."
+COSTS = (f".. Tables of costs, {_COMMAND}", ".. End of the tables of costs.")
+DIAGONAL_COSTS = (
+    f".. Tables of Hessian diagonals' costs, {_COMMAND}",
+    ".. End of the tables of Hessian diagonals' costs.",
+)
+
+
+def blocks(report: dict) -> dict[tuple[str, str], str]:
+    """Return what stands between each pair of the README's lines."""
+    costs = [rst(report, what, DIAGONALS) for what in ("time", "floor", "goals")]
+    diagonals = [rst(report, what, DIAGONALS, True) for what in ("time", "floor")]
+    found = {COSTS: costs, DIAGONAL_COSTS: diagonals}
+    return {lines: "\n\n".join(filter(None, tables)) for lines, tables in found.items()}
 
 
 # --------------------------------------------------------------------------- JSON

@@ -33,6 +33,9 @@ class Row:
         products: The matrix products needed beyond a plain step.
         context: Whether the step runs inside a ``backpack(...)`` block.
         extended: Whether the model has to be extended, beside the loss.
+        first_order: Whether BackPACK's extensions carry no vectors: they run on any graph.
+        curvlinops: Approximation and Fisher of curvlinops' KFAC for the same factors (without the
+            gradient); None where it has none.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Row:
     products: Callable[[Shapes], list[Product]]
     context: bool = True
     extended: bool = True
+    first_order: bool = False
+    curvlinops: tuple[str, str] | None = None
 
 
 def _diagonals(shapes: Shapes) -> list[Product]:
@@ -66,48 +71,56 @@ ROWS: tuple[Row, ...] = (
         lambda device: [KFAC("expand", "mc")],
         lambda: [theirs.KFAC(mc_samples=1)],
         lambda s: s.sweep(1) + s.each("factors", "expand", 1),
+        curvlinops=("expand", "mc"),
     ),
     Row(
         "KFAC reduce mc",
         lambda device: [KFAC("reduce", "mc")],
         None,
         lambda s: s.sweep(1) + s.each("factors", "reduce", 1),
+        curvlinops=("reduce", "mc"),
     ),
     Row(
         "KFAC expand empirical",
         lambda device: [KFAC("expand", "empirical")],
         None,
         lambda s: s.each("factors", "expand", 1),
+        curvlinops=("expand", "empirical"),
     ),
     Row(
         "KFAC reduce empirical",
         lambda device: [KFAC("reduce", "empirical")],
         None,
         lambda s: s.each("factors", "reduce", 1),
+        curvlinops=("reduce", "empirical"),
     ),
     Row(
         "KFAC expand exact",
         lambda device: [KFAC("expand", "exact")],
         lambda: [theirs.KFLR()],
         lambda s: s.sweep(s.classes) + s.each("factors", "expand", s.classes),
+        curvlinops=("expand", "exact"),
     ),
     Row(
         "BatchGrad",
         lambda device: [BatchGrad()],
         lambda: [theirs.BatchGrad()],
         lambda s: s.each("per_sample"),
+        first_order=True,
     ),
     Row(
         "BatchL2Grad",
         lambda device: [BatchL2Grad()],
         lambda: [theirs.BatchL2Grad()],
         lambda s: s.each("norms"),
+        first_order=True,
     ),
     Row(
         "SumGradSquared",
         lambda device: [SumGradSquared()],
         lambda: [theirs.SumGradSquared()],
         lambda s: s.each("square_sum"),
+        first_order=True,
     ),
     # The mean that the variance needs is the gradient, which a plain step computes anyway.
     Row(
@@ -115,6 +128,7 @@ ROWS: tuple[Row, ...] = (
         lambda device: [Variance()],
         lambda: [theirs.Variance()],
         lambda s: s.each("square_sum"),
+        first_order=True,
     ),
     Row(
         "BatchDotGrad",
@@ -143,6 +157,10 @@ ROWS: tuple[Row, ...] = (
     Row("HesScale", lambda device: [HesScale()], None, _diagonals, extended=False),
     Row("HesScale-GN", lambda device: [HesScale(True)], None, _diagonals, extended=False),
     Row("BL89", lambda device: [BL89()], None, _diagonals, extended=False),
-    Row("backpack() with nothing", lambda device: [], lambda: [], lambda s: []),
-    Row("extended, no context", lambda device: [], lambda: [], lambda s: [], context=False),
+    Row("backpack() with nothing", lambda device: [], lambda: [], lambda s: [], first_order=True),
+    Row(
+        *("extended, no context", lambda device: [], lambda: [], lambda s: []),
+        context=False,
+        first_order=True,
+    ),
 )

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import backpack_ext as our
+from benchmarks import peers
 from benchmarks.floor import operands, shapes_of, total_flops
+from benchmarks.goals import goal_of, near_floor, over_floor
 from benchmarks.memory import peak_memory
 from benchmarks.models import Problem
 from benchmarks.rows import Row
 from benchmarks.timing import Variant, interleave, summary
 
 PLAIN = ("plain",)
+# Who is measured beside us, where it can do a row: keys in the results.
+PEERS = ("backpack", "curvlinops")
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,18 @@ class Settings:
         seconds: Time for the rounds of one problem.
         rounds: Smallest and largest number of rounds.
         device: Where to run.
+        peers: Whether to measure others beside us.
     """
 
     seconds: float
     rounds: tuple[int, int]
     device: str = "cpu"
+    peers: bool = True
 
     def sync(self) -> None:
         """Wait until the device has done its work."""
         if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
@@ -53,9 +59,9 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         A dictionary for JSON: times are quartiles ``[lower, median, upper]`` of ratios to the plain
         step of the same round, memory is the ratio of peaks.
     """
-    if problem.rows:
-        rows = [row for row in rows if any(word in row.name for word in problem.rows)]
-    steps = _steps(problem, rows, settings.device)
+    rows = _chosen(problem, rows)
+    build = _steps if settings.peers else _our_steps
+    steps = build(problem, rows, settings.device)
     products = _products(problem, rows)
     variants = steps | _floors(products, settings.device)
     for variant in variants.values():
@@ -71,20 +77,41 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         "rounds": len(times[PLAIN]),
         "plain_ms": _rounded([1e3 * t for t in summary(times[PLAIN])]),
         "plain_mib": _digits(peaks[PLAIN] / 2**20),
-        "rows": [_row(row, products[row.name], times, peaks) for row in rows],
+        "rows": [_row(row, products[row.name], times, peaks, problem.name) for row in rows],
     }
 
 
-def _row(row: Row, products: tuple, times: dict, peaks: dict) -> dict:
+def measure_ours(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
+    """Measure one problem as `measure` does, but neither peers nor floors.
+
+    Returns:
+        The problem's name, and for each row its name and our cell.
+    """
+    rows = _chosen(problem, rows)
+    steps = _our_steps(problem, rows, settings.device)
+    for variant in steps.values():
+        variant.warm_up(settings.sync)
+    peaks = {key: _peak(variant, settings) for key, variant in steps.items()}
+    times = interleave(steps, PLAIN, settings.sync, settings.seconds, settings.rounds)
+    cells = [{"name": row.name, "ours": _cell(("ours", row.name), times, peaks)} for row in rows]
+    return {"name": problem.name, "rows": cells}
+
+
+def _chosen(problem: Problem, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that a problem is meant for."""
+    return [row for row in rows if not problem.rows or any(word in row.name for word in problem.rows)]
+
+
+def _cell(key: tuple, times: dict, peaks: dict) -> dict:
+    ratios = [t / plain for t, plain in zip(times[key], times[PLAIN], strict=True)]
+    return {"time": _rounded(summary(ratios)), "memory": _digits(peaks[key] / peaks[PLAIN])}
+
+
+def _row(row: Row, products: tuple, times: dict, peaks: dict, problem: str) -> dict:
     result: dict = {"name": row.name}
-    for side in ("ours", "backpack"):
-        key = (side, row.name)
-        if key in times:
-            ratios = [t / plain for t, plain in zip(times[key], times[PLAIN], strict=True)]
-            result[side] = {
-                "time": _rounded(summary(ratios)),
-                "memory": _digits(peaks[key] / peaks[PLAIN]),
-            }
+    for side in ("ours", *PEERS):
+        if (side, row.name) in times:
+            result[side] = _cell((side, row.name), times, peaks)
     floor = [1.0] * len(times[PLAIN])
     if products:
         extra = times["floor", products]
@@ -93,14 +120,18 @@ def _row(row: Row, products: tuple, times: dict, peaks: dict) -> dict:
         "time": _rounded(summary(floor)),
         "gflop": _digits(total_flops(products) / 1e9),
     }
+    result["over_floor"] = _digits(over_floor(result))
+    if goal := goal_of(problem, row.name):
+        result["goal"] = {"limit": goal.limit, "of": "floor" if goal.of_floor else "plain step"}
+        result["goal"] |= {"met": goal.met(result), "near_floor": near_floor(result)}
     return result
 
 
 # --------------------------------------------------------------------------- variants
 
 
-def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
-    """Build the steps on three copies of the model: plain, extended by us, by BackPACK."""
+def _our_steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
+    """Build the plain step and ours, on copies of the model."""
     x, y = problem.x, problem.y
     plain = copy.deepcopy(problem.model)
     variants = {PLAIN: _variant(plain, nn.CrossEntropyLoss(), x, y, nullcontext, [])}
@@ -111,14 +142,26 @@ def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Va
         context = _context(our.backpack, exts) if row.context else nullcontext
         net = model if row.extended else bare
         variants["ours", row.name] = _variant(net, loss_fn, x, y, context, exts)
-    if problem.sequential:
+    return variants
+
+
+def _steps(problem: Problem, rows: Sequence[Row], device: str) -> dict[tuple, Variant]:
+    """Add BackPACK's and curvlinops' steps, on copies of their own."""
+    x, y = problem.x, problem.y
+    variants = _our_steps(problem, rows, device)
+    done = [r for r in rows if r.theirs is not None and (problem.sequential or r.first_order)]
+    if done:
         model = their.extend(copy.deepcopy(problem.model))
         loss_fn = their.extend(nn.CrossEntropyLoss())
+        for row in done:
+            exts = row.theirs()
+            context = _context(their.backpack, exts) if row.context else nullcontext
+            variants["backpack", row.name] = _variant(model, loss_fn, x, y, context, exts)
+    if peers.installed():
+        model = copy.deepcopy(problem.model)
         for row in rows:
-            if row.theirs is not None:
-                exts = row.theirs()
-                context = _context(their.backpack, exts) if row.context else nullcontext
-                variants["backpack", row.name] = _variant(model, loss_fn, x, y, context, exts)
+            if row.curvlinops is not None:
+                variants["curvlinops", row.name] = peers.kfac(model, x, y, *row.curvlinops)
     return variants
 
 

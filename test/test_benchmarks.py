@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backpack_ext.rules import find_rule
-from benchmarks import blocks, data_parallel, deep
+from benchmarks import blocks, data_parallel, deep, peers
 from benchmarks.__main__ import main
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.memory import peak_memory
@@ -29,7 +29,8 @@ def test_main_stores_every_row(tmp_path, capsys):
     assert [row["name"] for row in problem["rows"]] == list(ROW)
     for row in problem["rows"]:
         sides = {"ours"} | ({"backpack"} if ROW[row["name"]].theirs else set())
-        assert set(row) == {"name", "floor"} | sides
+        sides |= {"curvlinops"} if ROW[row["name"]].curvlinops and peers.installed() else set()
+        assert set(row) == {"name", "floor", "over_floor"} | sides
         for side in sides:
             assert len(row[side]["time"]) == 3 and min(row[side]["time"]) > 0
             assert row[side]["memory"] > 0.9

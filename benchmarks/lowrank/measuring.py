@@ -100,7 +100,9 @@ def measure(steps: dict[Key, Variant], length: Length, device: str, memory: bool
 
 def sync_of(device: str) -> Callable[[], None]:
     """Return what waits for a device."""
-    return torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    if torch.device(device).type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
 
 
 def _tier(key: Key, variant: Variant) -> int:

@@ -5,30 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import report, table
 from benchmarks.lowrank import kernels, routes, scaling, spectrum
+from benchmarks.table import Lines, aligned, simple
 
 # The README's tables are between these lines, one pair per part.
 BEGIN = ".. The following tables are written by ``python -m benchmarks.lowrank --readme README.rst``."
 END = ".. End of these tables."
-
-Lines = list[list[str]]
-
-
-def aligned(lines: Lines) -> str:
-    """Return columns of equal width."""
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def simple(lines: Lines) -> str:
-    """Return a simple table in reStructuredText."""
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    rule = "  ".join("=" * w for w in widths)
-    body = aligned(lines).split("\n")
-    return "\n".join([rule, body[0], rule, *body[1:], rule])
 
 
 def text(problem: dict) -> str:
@@ -213,8 +196,4 @@ def insert(readme: Path, found: dict) -> None:
     Raises:
         ValueError: If a marker is missing.
     """
-    content = readme.read_text()
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{readme}: expected the lines {BEGIN!r} and {END!r}.")
-    before, rest = content.split(BEGIN, 1)
-    readme.write_text(f"{before}{BEGIN}\n\n{rst(found)}\n\n{END}{rest.split(END, 1)[1]}")
+    table.insert(readme, BEGIN, END, rst(found))

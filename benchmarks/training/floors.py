@@ -60,6 +60,8 @@ def _work(
     """Collect the products of layers; ``refresh`` has those of one side of dimension d."""
     steps, refreshes = [], []
     for layer in shapes.layers:
+        if layer.groups != 1:
+            raise ValueError(f"The floor of training is counted for ungrouped layers, got {layer}.")
         o, i = layer.o, layer.i + 1
         steps += step(layer, o, i)
         refreshes += refresh(layer, i) + refresh(layer, o)

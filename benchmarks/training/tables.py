@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import report
-from benchmarks.lowrank.tables import aligned, simple
+from benchmarks.table import aligned, simple
 
 HEAD = ["time / AdamW", "[quartiles]", "refresh", "between", "floor", "singd", "goal"]
 MEMORY = ["| state", "singd", "| peak", "singd", "| total", "singd"]
