@@ -149,13 +149,12 @@ class Layer:
             return [MatMul(1, self.o, self.N * self.S, self.i, "tn")]
         return [ConvWeight(**vars(replace(self.conv, batch=self.N)))]
 
-    def factors(self, approx: str, V: int) -> list[Product]:
-        """Form A and B of KFAC-expand or KFAC-reduce."""
+    def factors(self, approx: str, V: int, roots: bool = False) -> list[Product]:
+        """Form A and B of KFAC-expand or KFAC-reduce; with ``roots`` not A where it has fewer rows."""
         rows = self.N * (self.S if approx == "expand" else 1)
-        return [
-            MatMul(self.groups, self.i, rows, self.i, "tn"),
-            MatMul(self.groups, self.o, V * rows, self.o, "tn"),
-        ]
+        A = MatMul(self.groups, self.i, rows, self.i, "tn")
+        B = MatMul(self.groups, self.o, V * rows, self.o, "tn")
+        return [B] if roots and rows < self.i else [A, B]
 
     def per_sample(self, V: int = 1) -> list[Product]:
         """Form the per-sample vectors ``sum_s b a``."""

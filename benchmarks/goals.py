@@ -42,6 +42,8 @@ GOALS: dict[str, dict[str, Goal]] = {
     "KFAC expand mc": _goals(1.9, 2.0, 2.0, Goal(1.1, of_floor=True)),
     "KFAC reduce mc": _goals(1.9, 1.35, 1.4, 1.5),
     "KFAC reduce empirical": _goals(1.7, 1.1, 1.15, 1.2),
+    "KFAC reduce mc, roots": _goals(1.9, 1.35, 1.4, 1.5),
+    "KFAC reduce empirical, roots": _goals(1.7, 1.1, 1.15, 1.2),
     "SumGradSquared": _goals(1.5, 2.0, 2.5, 2.0),
     "DiagGGN mc": _goals(1.8, 2.2, 2.5, 2.5),
 }

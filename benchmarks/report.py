@@ -53,6 +53,8 @@ def _cpu_model() -> str:
 # Upper over lower quartile of the plain step beyond which a table is marked as unreliable. Other
 # processes on the same cores slow parallel regions down by far more than their share of the time.
 DISTURBED = 1.5
+# A plain step and, with autograd alone, one vector per datum from the logits to the layers' outputs.
+SWEEP = "plain, one more vector"
 _HEAD = ["time / plain", "ours", "BackPACK", "curvlinops", "floor", "ours / floor", "goal"]
 _HEAD += ["| memory: ours", "BackPACK", "curvlinops"]
 
@@ -63,6 +65,7 @@ def text(result: dict) -> str:
     title = f"{result['about']}: plain step {plain} ms, {mib:.4g} MiB, {result['rounds']} rounds"
     if result["plain_ms"][2] > DISTURBED * result["plain_ms"][0]:
         title += "\nDISTURBED: the plain step's time varies; are other processes running?"
+    title += f"\none vector per datum by autograd alone: {_spread(result['sweep'])} of a plain step"
     lines = [_HEAD, *(_text_row(row, result["name"]) for row in result["rows"])]
     return "\n".join([title, aligned(lines)])
 
@@ -123,6 +126,10 @@ def rst(report: dict, what: str = "time", words: tuple[str, ...] = (), having: b
         return ""
     titles, names = (list(dict.fromkeys(key[k] for key in cells)) for k in (0, 1))
     body = [[name, *(cells.get((title, name), "") for title in titles)] for name in names]
+    if what == "time" and not having:
+        sweeps = {p["title"]: f"{1 + p['sweep'][1]:.2f}" for p in report["problems"] if "sweep" in p}
+        if sweeps:
+            body.append([SWEEP, *(sweeps.get(title, "") for title in titles)])
     return simple([[head, *titles], *body])
 
 

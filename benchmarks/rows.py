@@ -81,6 +81,12 @@ ROWS: tuple[Row, ...] = (
         curvlinops=("reduce", "mc"),
     ),
     Row(
+        "KFAC reduce mc, roots",
+        lambda device: [KFAC("reduce", "mc", keep="root")],
+        None,
+        lambda s: s.sweep(1) + s.each("factors", "reduce", 1, True),
+    ),
+    Row(
         "KFAC expand empirical",
         lambda device: [KFAC("expand", "empirical")],
         None,
@@ -93,6 +99,12 @@ ROWS: tuple[Row, ...] = (
         None,
         lambda s: s.each("factors", "reduce", 1),
         curvlinops=("reduce", "empirical"),
+    ),
+    Row(
+        "KFAC reduce empirical, roots",
+        lambda device: [KFAC("reduce", "empirical", keep="root")],
+        None,
+        lambda s: s.each("factors", "reduce", 1, True),
     ),
     Row(
         "KFAC expand exact",

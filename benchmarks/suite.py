@@ -21,6 +21,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import Variant, interleave, summary
 
 PLAIN = ("plain",)
+SWEEP = ("sweep",)
 # Who is measured beside us, where it can do a row: keys in the results.
 PEERS = ("backpack", "curvlinops")
 
@@ -57,17 +58,18 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
 
     Returns:
         A dictionary for JSON: times are quartiles ``[lower, median, upper]`` of ratios to the plain
-        step of the same round, memory is the ratio of peaks.
+        step of the same round, memory is the ratio of peaks. ``"sweep"`` is what `_sweep` takes.
     """
     rows = _chosen(problem, rows)
     build = _steps if settings.peers else _our_steps
     steps = build(problem, rows, settings.device)
     products = _products(problem, rows)
-    variants = steps | _floors(products, settings.device)
+    variants = steps | _floors(products, settings.device) | {SWEEP: _sweep(problem)}
     for variant in variants.values():
         variant.warm_up(settings.sync)
     peaks = {key: _peak(variant, settings) for key, variant in steps.items()}
     times = interleave(variants, PLAIN, settings.sync, settings.seconds, settings.rounds)
+    sweep = [t / plain for t, plain in zip(times[SWEEP], times[PLAIN], strict=True)]
     return {
         "name": problem.name,
         "title": problem.title,
@@ -77,6 +79,7 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         "rounds": len(times[PLAIN]),
         "plain_ms": _rounded([1e3 * t for t in summary(times[PLAIN])]),
         "plain_mib": _digits(peaks[PLAIN] / 2**20),
+        "sweep": _rounded(summary(sweep)),
         "rows": [_row(row, products[row.name], times, peaks, problem.name) for row in rows],
     }
 
@@ -189,6 +192,31 @@ def _variant(
             for ext in exts:
                 if hasattr(p, ext.savefield):
                     delattr(p, ext.savefield)
+
+    return Variant(step, clear)
+
+
+def _sweep(problem: Problem) -> Variant:
+    """Return autograd's own way of one vector per datum from the logits to the layers' outputs.
+
+    What needs vectors of its own (samples of the Fisher) takes at least so long beyond a plain step,
+    on top of torch's autograd: the counted floor has the products of it only.
+    """
+    model, outputs = copy.deepcopy(problem.model), []
+    ready: list[tuple[Tensor, list[Tensor], Tensor]] = []
+    for module in model.modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.register_forward_hook(lambda m, args, z: outputs.append(z))
+
+    def clear() -> None:
+        if not ready:
+            outputs.clear()
+            z = model(problem.x)
+            ready.append((z, [t for t in outputs if t.requires_grad], torch.ones_like(z)))
+
+    def step() -> tuple:
+        z, places, v = ready.pop()
+        return torch.autograd.grad(z, places, v, allow_unused=True)
 
     return Variant(step, clear)
 
