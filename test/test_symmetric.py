@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from backpack_ext import KFAC, backpack, extend
 from backpack_ext.pending import Pending
+from benchmarks.symmetric import main as benchmark
 from curvature import openblas, panels, use_triton
 from curvature.panels import halves, symmetric_product
 from curvature.switches import triton_enabled
@@ -145,6 +146,18 @@ def test_thresholds_count_threads(monkeypatch):
         assert not panels.is_halved(512, 128)
         assert not panels.is_halved(2048, 64)
         assert not panels.is_halved(128, 10**6)
+
+
+def test_benchmark(tmp_path):
+    found = benchmark(
+        ["--quick", "--threads", "1", "--sizes", "40x30", "300x260", "--out", str(tmp_path)]
+    )
+    assert [p["size"] for p in found["problems"]] == [[40, 30], [300, 260]]
+    for problem in found["problems"]:
+        for row in problem["rows"]:
+            assert row["fast"].keys() == {"plain", "chosen", "halves", "panels", "numpy"}
+            assert row["fast"]["plain"] == 1
+    assert (tmp_path / "symmetric-cpu-1-thread-quick.json").exists()
 
 
 # --------------------------------------------------------------------------- Triton
