@@ -36,7 +36,8 @@ def close(actual, wanted, tolerance):
 @pytest.fixture
 def tiny(monkeypatch):
     """Small products take the routes of large ones."""
-    for name, value in {"ROWS": 17, "COLUMNS": 1, "HALVED": 1, "NUMPY": 0, "ASPECT": 10**9}.items():
+    routes = {"ROWS": 17, "COLUMNS": 1, "HALVED": 1, "LEAF": 16, "NUMPY": 0, "ASPECT": 10**9}
+    for name, value in routes.items():
         monkeypatch.setattr(panels, name, value)
 
 
@@ -123,7 +124,7 @@ def test_openblas_tells_its_threads():
 
 
 def test_half_of_the_multiplications(monkeypatch):
-    """Of 1024 x 512, in blocks down to 128, (1 + 1/8) / 2 remain."""
+    """Of 1024 x 512, in blocks down to 256, (1 + 1/4) / 2 remain."""
     counted, addmm = [], torch.addmm
 
     def counting(base, a, b, **options):
@@ -131,19 +132,17 @@ def test_half_of_the_multiplications(monkeypatch):
         return addmm(base, a, b, **options)
 
     monkeypatch.setattr(torch, "addmm", counting)
-    monkeypatch.setattr(panels, "HALVED", 0)
     S = torch.randn(1024, 512)
     halves(S, torch.empty(1024, 1024))
-    assert sum(counted) == (1 + 1 / 8) / 2 * 1024 * 1024 * 512
+    assert sum(counted) == (1 + 1 / 4) / 2 * 1024 * 1024 * 512
 
 
 def test_thresholds_count_threads(monkeypatch):
-    """The work of a block that is halved grows with the threads that share it."""
+    """The work of a product that is halved grows with the threads that share it."""
     for threads, halved in ((1, True), (2, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert panels.is_halved(512, 256) is halved
         assert panels.is_halved(2048, 1024)
-        assert not panels.is_halved(512, 128)
+        assert panels.is_halved(512, 128) is halved
         assert not panels.is_halved(2048, 64)
         assert not panels.is_halved(128, 10**6)
 
