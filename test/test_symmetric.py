@@ -100,7 +100,10 @@ def test_numpy_is_taken_on_one_thread_only(one_thread, monkeypatch):
     assert not panels.numpy_pays(torch.randn(64, 4000).mT)  # too many rows
     assert not panels.numpy_pays(S.bfloat16())
     assert not panels.numpy_pays(S[:, ::2])  # NumPy would copy it
-    assert not panels.numpy_pays(nn.Parameter(S))
+    needs_grad = S.clone().requires_grad_()
+    assert not panels.numpy_pays(needs_grad)
+    with torch.no_grad():
+        assert panels.numpy_pays(needs_grad)
     monkeypatch.setattr(openblas, "_get_threads", lambda: lambda: 2)
     assert not panels.numpy_pays(S)
     monkeypatch.setattr(openblas, "_get_threads", lambda: None)
