@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ SIZES = (
 GPU_SIZES = ((1024, 1024), (4096, 1024), (4096, 2048), (4096, 4096), (16384, 4096), (4096, 8192))
 PANEL = 192
 # Seconds per size, and the smallest and largest number of rounds.
-LENGTHS = {"quick": (0.1, (2, 5)), "default": (1.5, (7, 200))}
+LENGTHS = {"quick": (0.1, (2, 5)), "default": (0.5, (5, 200))}
 STEP = 5e-4  # shorter products are repeated until they take this long
 NEAR = 1.05  # what is chosen counts as fastest up to this factor
 
@@ -93,6 +92,8 @@ def plain(x: Tensor) -> Tensor:
 
 def in_halves(x: Tensor) -> Tensor:
     """The triangle recursively, in halves (one product where these are small)."""
+    if not is_halved(x.shape[1], x.shape[0]):
+        return plain(x)
     out = x.new_empty(x.shape[1], x.shape[1])
     halves(x.mT, out)
     return out
@@ -149,9 +150,11 @@ def measure(rows: int, columns: int, length: str, device: str, dtype: torch.dtyp
     """Measure all ways at one size.
 
     Returns:
-        A dictionary for JSON: for each way the quartiles of the ratio to torch's product in the same
-        round, ``"alone"``, and ``"between"`` products of torch of another matrix of that size, whose
-        time counts: what a library leaves behind, threads that wait busily, is in it.
+        A dictionary for JSON. In each of its rows: quartiles of torch's milliseconds; ``"ratio"``, those
+        of the ratio to it in the same round; ``"fast"``, the ratio of lower quartiles, which other
+        processes disturb less. The settings are ``"alone"``, and ``"between"`` products of torch of
+        a matrix of that size, whose time counts: what a library leaves behind, threads that wait
+        busily, is in it.
     """
     x = torch.randn(rows, columns, device=device).to(dtype)
     w = torch.randn(columns, columns, device=device).to(dtype)
@@ -160,15 +163,18 @@ def measure(rows: int, columns: int, length: str, device: str, dtype: torch.dtyp
     for setting in ("alone", "between"):
         steps = {key: _step(way, x, w, setting) for key, way in ways(device).items()}
         times = _time(steps, length, device)
-        base, ratios = times["plain"], {}
-        for way, values in times.items():
-            ratios[way] = _rounded(t / p for t, p in zip(values, base, strict=True))
+        base = times["plain"]
+        row = {"setting": setting, "rounds": len(base), "plain_ms": _rounded(1e3 * t for t in base)}
+        row["ratio"] = {k: _rounded(_over(values, base)) for k, values in times.items()}
         if "halves" in steps:  # afterwards: its threads would disturb the others
-            values = _time({"plain": _step(by_numpy, x, w, setting)}, length, device)["plain"]
-            ratios["numpy"] = _rounded(t / median(base) for t in values)
-        ms = float(f"{1e3 * median(base):.4g}")
-        found.append({"setting": setting, "rounds": len(base), "plain_ms": ms, "ratio": ratios})
+            times |= {"numpy": _time({"plain": _step(by_numpy, x, w, setting)}, length, device)["plain"]}
+        row["fast"] = {k: round(summary(t)[0] / summary(base)[0], 2) for k, t in times.items()}
+        found.append(row)
     return {"name": name, "size": [rows, columns], "chosen": chosen(x), "rows": found}
+
+
+def _over(values: list[float], base: list[float]) -> list[float]:
+    return [t / p for t, p in zip(values, base, strict=True)]
 
 
 def _rounded(values: Iterable[float]) -> list[float]:
@@ -210,15 +216,17 @@ def _repeated(step: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
 
 
 def text(problem: dict) -> str:
-    """Return the lines of one size: milliseconds of torch's product, ratios of the other ways."""
+    """Return the lines of one size: torch's milliseconds and times over it, lower quartiles."""
     lines = []
     for row in problem["rows"]:
-        setting, ratios = row["setting"], row["ratio"]
-        cells = [f"{name} {r[1]:.2f}" for name, r in ratios.items() if name != "plain"]
-        line = f"{problem['name']:>12} {setting:8} plain {row['plain_ms']:.3g} ms; " + ", ".join(cells)
-        others = [r[1] for name, r in ratios.items() if name not in ("chosen", "panels")]
-        if "chosen" in ratios and ratios[problem["chosen"]][1] > NEAR * min(others):
+        low, _, high = row["plain_ms"]
+        cells = ", ".join(f"{way} {ratio:.2f}" for way, ratio in row["fast"].items() if way != "plain")
+        line = f"{problem['name']:>12} {row['setting']:8} plain {low:.3g} ms; {cells}"
+        others = [ratio for way, ratio in row["fast"].items() if way not in ("chosen", "panels")]
+        if "chosen" in row["fast"] and row["fast"][problem["chosen"]] > NEAR * min(others):
             line += f"  NOT FASTEST: {problem['chosen']}"
+        if high > report.DISTURBED * low:
+            line += "  DISTURBED"
         lines.append(line)
     return "\n".join(lines)
 

@@ -40,7 +40,9 @@ def single_threaded() -> bool:
 
 
 def can_take(S: Tensor) -> bool:
-    """Whether `product` serves ``S[*batch, d, r]``, on one thread and without a copy of it."""
+    """Whether `product` serves ``S[*batch, d, r]``: on one thread, not copying it, without gradient."""
+    if S.requires_grad and torch.is_grad_enabled():
+        return False
     d, r = S.shape[-2:]
     a, b = S.stride()[-2:]
     ordered = (b == 1 and a >= r) or (a == 1 and b >= d)

@@ -9,10 +9,12 @@ from curvature import openblas
 from curvature.structured import scaled_product
 from curvature.switches import triton_enabled
 
-# A block of n rows is halved if it has n >= ROWS, of r >= COLUMNS entries, and n^2 r multiplications,
-# per thread, of more than this number. Below, more and smaller products cost what they save: for
-# 512 x 128 halves take 1.1 to 1.3 times as long as the whole on two threads, 0.9 to 1.1 times on one.
+# A product is formed in halves if S has d >= ROWS, r >= COLUMNS, and d^2 r multiplications, per thread,
+# of at least this number. Below, more and smaller products cost what they save: for 512 x 128 on two
+# threads they take 1.1 times as long as the whole, on one thread 0.85 to 1.05 times.
 ROWS, COLUMNS, HALVED = 192, 96, 2**25
+# Blocks of up to that many rows are not halved again.
+LEAF = 256
 # On one thread NumPy's product is faster than halves from that many multiplications on, unless the
 # matrix has more than 8 times as many rows as columns: what is formed then costs more than the product.
 NUMPY, ASPECT = 2**26, 8
@@ -60,9 +62,9 @@ def symmetric_product(S: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def is_halved(n: int, r: int) -> bool:
-    """Whether the product of ``[n, r]`` with its transpose is formed in halves."""
-    return n >= ROWS and r >= COLUMNS and n * n * r > HALVED * torch.get_num_threads()
+def is_halved(d: int, r: int) -> bool:
+    """Whether the product of ``[d, r]`` with its transpose is formed in halves, or by NumPy."""
+    return d >= ROWS and r >= COLUMNS and d * d * r >= HALVED * torch.get_num_threads()
 
 
 def numpy_pays(S: Tensor) -> bool:
@@ -72,15 +74,15 @@ def numpy_pays(S: Tensor) -> bool:
 
 
 def halves(S: Tensor, out: Tensor, scale: float = 1.0) -> None:
-    r"""Write :math:`\text{scale} \; S S^T` for ``S[n, r]`` into ``out[n, n]``, recursively."""
+    r"""Write :math:`\text{scale} \; S S^T` for ``S[n, r]``, n > 16, into ``out[n, n]``."""
     n = len(S)
-    if not is_halved(n, S.shape[1]):
-        torch.addmm(out, S, S.mT, beta=0, alpha=scale, out=out)
-        return
     m = (n // 2 + 15) // 16 * 16  # whole vector registers
     one, two = S[:m], S[m:]
-    halves(one, out[:m, :m], scale)
-    halves(two, out[m:, m:], scale)
+    for rows, block in ((one, out[:m, :m]), (two, out[m:, m:])):
+        if len(rows) > LEAF:
+            halves(rows, block, scale)
+        else:
+            torch.addmm(block, rows, rows.mT, beta=0, alpha=scale, out=block)
     upper, lower = out[:m, m:], out[m:, :m]
     torch.addmm(upper, one, two.mT, beta=0, alpha=scale, out=upper)
     if out.stride(0) * out.element_size() % CONFLICTS:

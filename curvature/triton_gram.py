@@ -68,9 +68,11 @@ def block_of(d: int) -> int:
 def pays(S: Tensor) -> bool:
     """Whether a product of ``S[*batch, d, r]`` with its transpose is left to the kernel.
 
-    That is where it has a float32 or half type, and `ROWS`, `COLUMNS` and `TILES` at least. See there:
-    these have not been measured.
+    That is where it has a float32 or half type, needs no gradient, and has `ROWS`, `COLUMNS` and
+    `TILES` at least. See there: these have not been measured.
     """
+    if S.requires_grad and torch.is_grad_enabled():
+        return False
     d, r = S.shape[-2:]
     if type(S) is not Tensor or S.dtype not in DTYPES or d < COLUMNS or r < ROWS:
         return False
@@ -81,7 +83,7 @@ def gram(x: Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> T
     r"""Return :math:`\text{scale} \; X^T X` as ``[*batch, d, d]`` for ``x[*batch, r, d]``.
 
     Sums are accumulated in float32. Only tiles on and below the diagonal are computed; each is written
-    to both of its places, so that the result is symmetric exactly.
+    to both of its places, so that the result is symmetric exactly. It is not differentiated.
 
     Args:
         x: float32, bfloat16 or float16, of any strides. float32 is multiplied as

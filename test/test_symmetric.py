@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from backpack_ext import KFAC, backpack, extend
 from backpack_ext.pending import Pending
+from benchmarks.symmetric import main as benchmark
 from curvature import openblas, panels, use_triton
 from curvature.panels import halves, symmetric_product
 from curvature.switches import triton_enabled
@@ -35,7 +36,8 @@ def close(actual, wanted, tolerance):
 @pytest.fixture
 def tiny(monkeypatch):
     """Small products take the routes of large ones."""
-    for name, value in {"ROWS": 17, "COLUMNS": 1, "HALVED": 1, "NUMPY": 0, "ASPECT": 10**9}.items():
+    routes = {"ROWS": 17, "COLUMNS": 1, "HALVED": 1, "LEAF": 16, "NUMPY": 0, "ASPECT": 10**9}
+    for name, value in routes.items():
         monkeypatch.setattr(panels, name, value)
 
 
@@ -98,7 +100,10 @@ def test_numpy_is_taken_on_one_thread_only(one_thread, monkeypatch):
     assert not panels.numpy_pays(torch.randn(64, 4000).mT)  # too many rows
     assert not panels.numpy_pays(S.bfloat16())
     assert not panels.numpy_pays(S[:, ::2])  # NumPy would copy it
-    assert not panels.numpy_pays(nn.Parameter(S))
+    needs_grad = S.clone().requires_grad_()
+    assert not panels.numpy_pays(needs_grad)
+    with torch.no_grad():
+        assert panels.numpy_pays(needs_grad)
     monkeypatch.setattr(openblas, "_get_threads", lambda: lambda: 2)
     assert not panels.numpy_pays(S)
     monkeypatch.setattr(openblas, "_get_threads", lambda: None)
@@ -122,7 +127,7 @@ def test_openblas_tells_its_threads():
 
 
 def test_half_of_the_multiplications(monkeypatch):
-    """Of 1024 x 512, in blocks down to 128, (1 + 1/8) / 2 remain."""
+    """Of 1024 x 512, in blocks down to 256, (1 + 1/4) / 2 remain."""
     counted, addmm = [], torch.addmm
 
     def counting(base, a, b, **options):
@@ -130,21 +135,31 @@ def test_half_of_the_multiplications(monkeypatch):
         return addmm(base, a, b, **options)
 
     monkeypatch.setattr(torch, "addmm", counting)
-    monkeypatch.setattr(panels, "HALVED", 0)
     S = torch.randn(1024, 512)
     halves(S, torch.empty(1024, 1024))
-    assert sum(counted) == (1 + 1 / 8) / 2 * 1024 * 1024 * 512
+    assert sum(counted) == (1 + 1 / 4) / 2 * 1024 * 1024 * 512
 
 
 def test_thresholds_count_threads(monkeypatch):
-    """The work of a block that is halved grows with the threads that share it."""
+    """The work of a product that is halved grows with the threads that share it."""
     for threads, halved in ((1, True), (2, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert panels.is_halved(512, 256) is halved
         assert panels.is_halved(2048, 1024)
-        assert not panels.is_halved(512, 128)
+        assert panels.is_halved(512, 128) is halved
         assert not panels.is_halved(2048, 64)
         assert not panels.is_halved(128, 10**6)
+
+
+def test_benchmark(tmp_path):
+    found = benchmark(
+        ["--quick", "--threads", "1", "--sizes", "40x30", "300x260", "--out", str(tmp_path)]
+    )
+    assert [p["size"] for p in found["problems"]] == [[40, 30], [300, 260]]
+    for problem in found["problems"]:
+        for row in problem["rows"]:
+            assert row["fast"].keys() == {"plain", "chosen", "halves", "panels", "numpy"}
+            assert row["fast"]["plain"] == 1
+    assert (tmp_path / "symmetric-cpu-1-thread-quick.json").exists()
 
 
 # --------------------------------------------------------------------------- Triton

@@ -104,6 +104,7 @@ def test_where_it_pays():
     assert triton_gram.pays(torch.empty(4096, 512, device="meta"))
     assert triton_gram.pays(torch.empty(4, 1024, 512, device="meta"))
     assert not triton_gram.pays(torch.empty(1024, 512, device="meta"))  # 136 tiles
+    assert not triton_gram.pays(torch.empty(4096, 512, device="meta", requires_grad=True))
     assert not triton_gram.pays(torch.empty(4096, 256, device="meta"))
     assert not triton_gram.pays(torch.empty(64, 512, 4096, device="meta"))
     assert not triton_gram.pays(torch.empty(4096, 512, device="meta", dtype=torch.float64))
