@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,24 @@ def test_results_have_goals_and_ratios_to_the_floor():
     printed = report.text(found)
     assert ("1.9 met" if first["goal"]["met"] else "1.9 MISSED") in printed
     assert "backpack" not in measure(small, rows[1:], Settings(0.0, (1, 1), peers=False))["rows"][0]
+
+
+@pytest.mark.filterwarnings("ignore:Extension saving to")
+def test_resnet_is_measured_in_the_rows_of_its_goals():
+    """Ours covers its batch norms too, so do BackPACK's extensions of first order."""
+    full = PROBLEMS["resnet"]
+    with torch.random.fork_rng():
+        small = replace(full("cpu"), model=ResNet(4), x=torch.rand(2, 3, 16, 16), y=torch.tensor([1, 3]))
+    found = measure(small, ROWS, Settings(0.0, (1, 1)))
+    rows = {row["name"]: row for row in found["rows"]}
+    assert set(rows) == {*goals.GOALS, "extended, no context"}
+    assert all("goal" in rows[name] for name in goals.GOALS)
+    assert {name for name in rows if "backpack" in rows[name]} == {
+        "SumGradSquared",
+        "extended, no context",
+    }
+    kfac = {name for name in rows if "curvlinops" in rows[name]}
+    assert kfac == ({name for name in rows if "KFAC" in name} if peers.installed() else set())
 
 
 # --------------------------------------------------------------------------- peers
