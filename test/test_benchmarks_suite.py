@@ -292,7 +292,7 @@ def test_growth_by_hand():
 
 
 def test_scaling_runs(tmp_path, capsys):
-    axes = ["width", "tokens"]
+    axes = ["width", "classes"]
     arguments = ["--quick", "--axes", *axes, "--threads", "1", "--out", str(tmp_path)]
     found = scaling.main(arguments)
     stored = json.loads((tmp_path / "scaling-cpu-quick.json").read_text())
@@ -300,7 +300,7 @@ def test_scaling_runs(tmp_path, capsys):
     for problem in stored["problems"]:
         assert all(len(row["ms"]) == len(problem["values"]) == 2 for row in problem["rows"])
     printed = capsys.readouterr().out
-    assert "ms, tokens =" in printed and "last two" in printed
+    assert "ms, classes =" in printed and "last two" in printed
     drawn = (tmp_path / "scaling-cpu-quick.png").exists()
     assert drawn != ("Not drawn" in printed)
     readme = tmp_path / "README.rst"
