@@ -238,7 +238,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="TEXT",
         default=["KFAC expand mc", "KFAC reduce", "SumGradSquared", "DiagGGN mc", "extended"],
-        help="rows whose name has a TEXT (default: those with goals, and 'extended, no context')",
+        help="rows whose name has a TEXT (default: those with goals, three at once, no context)",
     )
     parser.add_argument("--pairs", type=int, default=6, help="processes per commit (default: 6)")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds per process (default: 5)")

@@ -14,7 +14,7 @@ CLASSES = 10
 
 # Words in the names of rows that measure Hessian diagonals.
 DIAGONALS = ("HesScale", "BL89")
-# Words in the names of rows that are measured where a step takes half a second.
+# With what names of rows begin that are measured where a step takes half a second.
 LARGE = ("KFAC expand mc", "KFAC reduce", "SumGradSquared", "DiagGGN mc", "extended")
 
 
@@ -31,7 +31,7 @@ class Problem:
         y: The labels, ``[N]``.
         sequential: Whether BackPACK's extensions can treat the model; if not, those of first order,
             which carry no vectors through the graph, still can.
-        rows: Words of which a row's name must have one to be measured; empty: all rows.
+        rows: Words with one of which a row's name must begin to be measured; empty: all rows.
     """
 
     name: str
