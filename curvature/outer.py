@@ -17,7 +17,7 @@ from curvature.block_diagonal import BlockDiagonalMatrix, DenseMatrix, DiagonalM
 from curvature.hierarchical import _Hierarchical
 from curvature.panels import symmetric_product
 from curvature.structured import StructuredMatrix, accumulator, add_product_, leading_axes
-from curvature.toeplitz import _Toeplitz, _transform_length
+from curvature.toeplitz import DIRECT, _Toeplitz, _transform_length
 from curvature.triangular import _Triangular
 
 # Up to this dimension the product of a Toeplitz matrix with its transpose is held as a dense matrix.
@@ -95,6 +95,16 @@ def outer(M: StructuredMatrix) -> Outer:
                 [6., 9.]]), tensor([[11., 15.]]))
     """
     return TwoProducts(M)
+
+
+def outer_for_few(M: StructuredMatrix) -> Outer:
+    """Return the same for products with few vectors before M changes: with hundreds, not thousands.
+
+    A Toeplitz matrix is not made dense where that would take longer than it saves.
+    """
+    if isinstance(M, _Toeplitz) and M.dim > DIRECT:
+        return Fourier(M)
+    return outer(M)
 
 
 class TwoProducts(Outer):

@@ -60,7 +60,7 @@ class KFAC(NaturalGradient):
         structure: ``"dense"``, ``"block-diagonal"`` or ``"diagonal"``, as for `SINGD`.
         inverse: ``"pi"`` or ``"exact"``.
         kl_clip: Bound :math:`\kappa` on the predicted squared step; None for none.
-        **shared: As for `SINGD`: ``approx`` to ``maximize``.
+        **shared: As for `SINGD`: ``approx`` to ``precondition``.
 
     Raises:
         ValueError: If an option is out of its range, or a structure has no inverse.
@@ -208,6 +208,15 @@ class KFAC(NaturalGradient):
         Y = Y / (values_B.unsqueeze(-1) * values_A.unsqueeze(-2) + group["damping"])
         return M["basis_A"].rmatmul(M["basis_B"].matmul(Y), transpose=True)
 
+    def _precondition_rows(
+        self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        M = bucket.matrices
+        return M["inverse_B"].rmatmul(b, transpose=True), M["inverse_A"].rmatmul(a)
+
+    def _takes_rows(self, group: dict) -> bool:
+        return group["inverse"] == "pi"
+
     def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield parameters with preconditioned gradients, shortened as ``kl_clip`` says."""
         found = super()._directions(layers)
@@ -238,6 +247,11 @@ class KFAC(NaturalGradient):
             raise ValueError("KFAC: damping=0; expected a number > 0, as factors may be singular.")
         if group["inverse"] not in INVERSES:
             raise ValueError(f"KFAC: inverse={group['inverse']!r}; expected one of {INVERSES}.")
+        if self.precondition == "rows" and not self._takes_rows(group):
+            raise ValueError(
+                f'KFAC: precondition="rows" with inverse={group["inverse"]!r}, which is no product of '
+                'two sides; expected inverse="pi", or precondition="auto".'
+            )
 
 
 def _dot(n: Tensor, g: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from curvature import DiagonalMatrix, StructuredMatrix
-from curvature.outer import outer
+from curvature.outer import outer, outer_for_few
 from optim.bucket import Bucket, Slot
 from optim.layers import Layer
 from optim.natural import NaturalGradient
@@ -59,21 +59,27 @@ class InverseFree(NaturalGradient):
         return float(value)
 
     def _precondition(self, bucket: Bucket, group: dict, G: Tensor) -> Tensor:
-        if bucket.cache is None:
-            bucket.cache = outer(bucket.matrices["C"]), outer(bucket.matrices["K"])
-        left, right = bucket.cache
+        left, right = self._cached(bucket, outer)
         return right.rmatmul(left.matmul(G))
+
+    def _cached(self, bucket: Bucket, make: Callable[[StructuredMatrix], Any]) -> tuple[Any, Any]:
+        """Return what ``make`` makes of C and K, once for as long as they stay."""
+        if bucket.cache is None or bucket.cache[0] is not make:
+            bucket.cache = make, (make(bucket.matrices["C"]), make(bucket.matrices["K"]))
+        return bucket.cache[1]
+
+    def _precondition_rows(
+        self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        left, right = self._cached(bucket, outer_for_few)
+        return left.rmatmul(b), right.rmatmul(a)
 
     def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
         K, C = bucket.matrices["K"], bucket.matrices["C"]
         if not (isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix)):
             return None
-        if bucket.cache is None:
-            bucket.cache = tuple(
-                t.unsqueeze(0) if bucket.single else t
-                for t in (C.tensors[0].square(), K.tensors[0].square())
-            )
-        return bucket.cache
+        squares = self._cached(bucket, _squares)
+        return tuple(t.unsqueeze(0) for t in squares) if bucket.single else squares
 
     def _check_group(self, group: dict) -> None:
         name = type(self).__name__
@@ -107,6 +113,11 @@ class InverseFree(NaturalGradient):
         """Return matrices in float32 or above, where small changes are not lost."""
         dtype = torch.promote_types(bucket.dtype, torch.float32)
         return [bucket.get(name, rows).to(dtype) for name in names]
+
+
+def _squares(M: DiagonalMatrix) -> Tensor:
+    """Return the diagonal of ``M M^T``."""
+    return M.tensors[0].square()
 
 
 class Adaptive(InverseFree):
@@ -300,6 +311,7 @@ class SINGD(Adaptive):
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
         maximize: bool = False,
+        precondition: str = "auto",
     ):
         super().__init__(
             model_or_params,
@@ -328,6 +340,7 @@ class SINGD(Adaptive):
             stochastic_rounding=stochastic_rounding,
             generator=generator,
             maximize=maximize,
+            precondition=precondition,
         )
 
 
@@ -347,7 +360,7 @@ class INGD(Adaptive):
         interval: Steps between refreshes.
         lr_cov: Step size :math:`\beta_1` of K and C.
         normalize: Whether to limit the steps of K and C.
-        **shared: The others: ``approx`` to ``maximize``.
+        **shared: The others: ``approx`` to ``precondition``.
 
     References:
         Lin et al. (2023), Simplifying momentum-based positive-definite submanifold optimization with
@@ -407,7 +420,7 @@ class IKFAC(InverseFree):
         interval: Steps between refreshes.
         lr_cov: Step size :math:`\beta_1` of K and C.
         structure: Of K and C.
-        **shared: The others: ``approx`` to ``maximize``.
+        **shared: The others: ``approx`` to ``precondition``.
 
     References:
         Lin et al. (2024), Structured inverse-free natural gradient: memory-efficient and numerically
