@@ -29,7 +29,7 @@ from optim.exchange import Exchange
 from optim.fallback import Fallback
 from optim.labels import labels
 from optim.layers import Layer, Layers
-from optim.momentum import momentum_step
+from optim.momentum import Product, momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
 from optim.rows import PRECONDITION, RowKeeper, Rows, matching_scale, probe
@@ -401,7 +401,7 @@ class NaturalGradient(CurvatureOptimizer):
         if others:
             self._fall_back(others)
 
-    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Product]]]:
         """Yield parameters with preconditioned gradients, bucket by bucket, so that few are held."""
         buckets = self._buckets.sort(dict.fromkeys(layers))
         received: dict[int, list[Tensor]] = {}
@@ -429,7 +429,7 @@ class NaturalGradient(CurvatureOptimizer):
                 N = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
                 parts = [layer.split(part) for layer, part in zip(bucket.layers, N, strict=True)]
             directions = [
-                (p, like_parameter(n, p))
+                (p, n if isinstance(n, Product) else like_parameter(n, p))
                 for layer, part in zip(bucket.layers, parts, strict=True)
                 if layer in found
                 for p, n in zip(layer.parameters, part, strict=True)
@@ -530,7 +530,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _multiplied(
         self, bucket: Bucket, products: Sequence[tuple[Tensor, Tensor, float]]
-    ) -> Iterator[tuple[Tensor, ...]]:
+    ) -> Iterator[tuple[Tensor | Product, ...]]:
         """Yield preconditioned gradients from rows, layer by layer, weight and bias apart."""
         b, a = (
             (ts[0] if len(ts) == 1 else torch.cat(ts)).to(bucket.dtype)
@@ -543,14 +543,12 @@ class NaturalGradient(CurvatureOptimizer):
             b, a = b.unsqueeze(0), a.unsqueeze(0)
         g = bucket.form.groups
         for k, (layer, (_, _, scale)) in enumerate(zip(bucket.layers, products, strict=True)):
-            left, right = (t[k * g : (k + 1) * g] for t in (b, a))
-            if scale != 1:
-                left = left * scale
+            left, right, form = b[k * g : (k + 1) * g], a[k * g : (k + 1) * g], layer.form
             if layer.bias is None:
-                yield (layer.form.axes.to_parameter(left.mT @ right),)
+                yield (Product(left, right, scale, form.axes),)
                 continue
-            W, column = left.mT @ right[..., :-1], left.mT @ right[..., -1:]
-            yield layer.form.axes.to_parameter(W), layer.form.bias_axes.to_parameter(column)
+            column = Product(left, right[..., -1:], scale, form.bias_axes).tensor()
+            yield Product(left, right[..., :-1], scale, form.axes), column
 
     # ------------------------------------------------------------------ what has no factors
 

@@ -226,8 +226,8 @@ def matching_scale(rows: Rows, grads: Sequence[Tensor], a: Tensor, b: Tensor, x:
     found = G @ x[: G.shape[-1]]  # [g,o]
     if rows.layer.bias is not None:
         found = found + form.bias_axes.to_matrix(grads[1]).to(a.dtype).squeeze(-1) * x[-1]
-    expected = (b.mT @ (a @ x).unsqueeze(-1)).squeeze(-1)
-    size = b.square().sum(1).sqrt_() * torch.linalg.vector_norm(a, dim=(1, 2)).unsqueeze(-1)
+    expected = ((a @ x).unsqueeze(1) @ b).squeeze(1)
+    size = b.square().sum(1).sqrt_() * torch.linalg.vector_norm(a.flatten(1), dim=1, keepdim=True)
     count = max(1, a.shape[1])
     if rows.coarse:
         bound = (torch.linalg.vector_norm(G, dim=-1) + size / sqrt(count)) * (TOLERANCE * rows.eps)
