@@ -220,7 +220,7 @@ class Arrow(Outer):
         Y = epsilon.unsqueeze(-2) * X
         ends = torch.cat([X[..., :a], X[..., b:]], -1) if b < self.dim else X[..., :a]
         add_product_(Y, ends, middle)
-        dense = X @ rows.mT
+        dense = _times_transpose(X, rows)
         Y[..., :a], Y[..., b:] = dense[..., :a], dense[..., a:]
         return Y
 
@@ -242,7 +242,7 @@ class DiagonalPlusGram(Outer):
     def rmatmul(self, X: Tensor) -> Tensor:
         """Return ``X M M^T``."""
         W, epsilon = self.tensors
-        return add_product_(X * epsilon.unsqueeze(-2), X @ W.mT, W)
+        return add_product_(X * epsilon.unsqueeze(-2), _times_transpose(X, W), W)
 
 
 class Fourier(Outer):
@@ -301,6 +301,14 @@ class Fourier(Outer):
     def to_dense(self) -> Tensor:
         """Return the matrix, ``[*batch, d, d]``."""
         return self.matmul(torch.eye(self.dim, dtype=self._dtype, device=self.tensors[0].device))
+
+
+def _times_transpose(X: Tensor, rows: Tensor) -> Tensor:
+    """Return ``X rows^T`` for few rows.
+
+    A product whose result has 30 columns takes 1.7 times as long on CPU as one that has 30 rows.
+    """
+    return (rows @ X.mT).mT
 
 
 @outer.register

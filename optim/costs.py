@@ -14,8 +14,8 @@ from optim.structure import Structure
 # What else an entry of a gradient costs when both sides are multiplied with it, as multiply-adds: it is
 # joined with the bias, read and written some times.
 ENTRY = 80
-# What keeping and checking the rows of a layer costs.
-LAYER = 4_000_000
+# What keeping and checking the rows of a large layer costs.
+LAYER = 25_000_000
 # A Fourier transform's operation takes several times as long as one of a matrix product.
 TRANSFORM = 44
 

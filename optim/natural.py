@@ -320,10 +320,15 @@ class NaturalGradient(CurvatureOptimizer):
             )
         moments = self.statistics.take()
         found = {m.layer: m for m in moments}
-        finite = self._finite(present, moments)
+        self._products, failed = self._checked(rows)
+        used = len(self._products)
+        # the check of rows has seen their layers' gradients
+        rest = [p for p in present if self._layers.owner(p) not in self._products]
+        finite = self._finite(rest, moments)
         if self.placement.size > 1 and not still:
             finite = self._exchange.agree(found, finite, due or bool(self._lost))
         if not finite:
+            self._products = {}
             self._tick(skipped=self.skipped + 1)
             return loss
         if self._lost and not still:
@@ -336,13 +341,11 @@ class NaturalGradient(CurvatureOptimizer):
         self._buckets.activate(filter(None, map(self._layers.owner, present)))
         if due and ran:  # maybe for no layer: all may be the fallback's
             self._refresh_all(found)
-        self._products = self._checked(rows)
-        used = len(self._products)
         del rows
         self._update(present)
         if not still:
             if passes:
-                self._tick(rows=used)
+                self._tick(rows=used, rejected=self.rejected + failed)
             self._tick(step=self._clock["step"] + 1)
         return loss
 
@@ -505,8 +508,13 @@ class NaturalGradient(CurvatureOptimizer):
         """Return the data type in which rows are kept, and checked: at least float32."""
         return torch.promote_types(self._buckets.dtype_of(layer), torch.float32)
 
-    def _checked(self, kept: Mapping[Tensor, Rows]) -> dict[Layer, tuple[Tensor, Tensor, float]]:
-        """Return rows b and a, and a factor, of the layers whose gradients are these products."""
+    def _checked(
+        self, kept: Mapping[Tensor, Rows]
+    ) -> tuple[dict[Layer, tuple[Tensor, Tensor, float]], int]:
+        """Return rows b and a, and a factor, of the layers whose gradients are these products.
+
+        Also how many others there are. What is not finite is no product.
+        """
         found, checks, probes = {}, [], {}
         for weight, rows in kept.items():
             layer = rows.layer
@@ -519,14 +527,12 @@ class NaturalGradient(CurvatureOptimizer):
             checks.append(matching_scale(rows, grads, a, b, probes[d, b.dtype, b.device]))
             found[layer] = b, a
         if not found:
-            return {}
+            return {}, 0
         device, dtype = checks[0].device, max((c.dtype for c in checks), key=lambda t: t.itemsize)
         answers = torch.stack([c.to(device, dtype) for c in checks]).tolist()
         answers = dict(zip(found, answers, strict=True))
         right = {layer: (*found[layer], scale) for layer, (scale, fits) in answers.items() if fits}
-        if len(right) < len(found):
-            self._tick(rejected=self._clock["rejected"] + len(found) - len(right))
-        return right
+        return right, len(found) - len(right)
 
     def _multiplied(
         self, bucket: Bucket, products: Sequence[tuple[Tensor, Tensor, float]]

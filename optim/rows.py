@@ -235,8 +235,11 @@ def matching_scale(rows: Rows, grads: Sequence[Tensor], a: Tensor, b: Tensor, x:
             bound.fill_(-1.0)
     else:
         bound = size * (TOLERANCE * max(1.0, sqrt(count) / 16) * rows.eps)
-    scale = (found * expected).sum() / expected.square().sum()
-    same = ((found - expected).abs() <= bound).all()
-    multiple = ((found - scale * expected).abs() <= scale.abs() * bound).all() & scale.isfinite()
+    scale = torch.dot(found.flatten(), expected.flatten()) / expected.square().sum()
+    # where squares overflow a bound would allow everything
+    known = bound.isfinite().all()
+    same = known & ((found - expected).abs() <= bound).all()
+    multiple = known & ((found - scale * expected).abs() <= scale.abs() * bound).all()
+    multiple &= scale.isfinite()
     scale = torch.where(same, torch.ones_like(scale), scale)
     return torch.stack([scale, (same | multiple).to(scale.dtype)])

@@ -253,9 +253,25 @@ class SINGD(Adaptive):
             so that small changes add up.
         generator: Random generator for ``fisher="mc"``; a private one by default.
         maximize: Whether to follow the gradient upwards.
+        precondition: What the step multiplies with K and C. ``"gradient"``: each layer's gradient.
+            ``"rows"``: its factors. A gradient is :math:`G = g^T a`, of the gradients g at the outputs
+            and the inputs a, one row for each position of each datum, so that
+            :math:`C C^T G K K^T = (g C C^T)^T (a K K^T)`: less work where rows are fewer than the
+            layer's inputs and outputs. ``"auto"``: for each layer what is less, by a count of
+            multiply-adds (`optim.costs`). See below.
+
+    **Rows.** They are kept from the backward pass to the step, so ``extensions()`` is not empty between
+    refreshes where a layer has them. Whatever is done to gradients in between is respected: each step
+    multiplies gradient and rows with a random vector, and a gradient that is not a multiple of their
+    product, up to rounding, is taken as it is. So are those of several backward passes, of weights that
+    are used several times, of embeddings, of sharded parameters, and of several processes. Clipping by
+    the norm and gradient scalers multiply gradients, which rows allow; in less precision than float32,
+    where a product could hide a change, only gradients that nobody has written to have rows.
 
     Attributes:
         skipped: Number of steps that were skipped.
+        rejected: How often rows of a layer were kept in vain, as something had changed its gradient.
+            Where no layer's are of use they are not tried before the next refresh.
 
     Raises:
         ValueError: If an option is out of its range, or a structure unknown.

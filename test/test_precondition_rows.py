@@ -416,7 +416,8 @@ def test_auto_counts_costs():
             (8, "dense", 1),
             (2000, "dense", 0),
             (8, "diagonal", 0),
-            (8, "hierarchical", 1),
+            (8, "lower-toeplitz", 1),
+            (64, "hierarchical", 0),
         ):
             net = extend(nn.Sequential(nn.Linear(400, 300), nn.Tanh(), nn.Linear(300, 3)))
             loss_fn, opt = extend(nn.CrossEntropyLoss()), SINGD(net, structure=structure, interval=3)
@@ -454,7 +455,7 @@ def test_costs():
     assert of_vector(block, 100) == 3000 and of_vector(border, 100) == 6000
     assert of_vector(border, 10) == 200 and of_vector(toeplitz, 10) == 100
     assert of_vector(toeplitz, 4096) < 4096**2 / 5
-    for structure in (dense, border, toeplitz):
+    for structure in (dense, toeplitz):
         assert of_rows(structure, structure, 512, 785, 128) < of_gradient(structure, structure, 512, 785)
         assert of_rows(structure, structure, 512, 785, 4096) > of_gradient(
             structure, structure, 512, 785
