@@ -59,26 +59,30 @@ class InverseFree(NaturalGradient):
         return float(value)
 
     def _precondition(self, bucket: Bucket, group: dict, G: Tensor) -> Tensor:
-        left, right = self._cached(bucket, outer)
+        o, i = bucket.form.rows, bucket.form.columns
+        # a large side that meets few vectors, such as the inputs of a layer with ten outputs
+        makes = (outer_for_few if i < o / 2 else outer), (outer_for_few if o < i / 2 else outer)
+        left, right = self._cached(bucket, *makes)
         return right.rmatmul(left.matmul(G))
 
-    def _cached(self, bucket: Bucket, make: Callable[[StructuredMatrix], Any]) -> tuple[Any, Any]:
-        """Return what ``make`` makes of C and K, once for as long as they stay."""
-        if bucket.cache is None or bucket.cache[0] is not make:
-            bucket.cache = make, (make(bucket.matrices["C"]), make(bucket.matrices["K"]))
+    def _cached(self, bucket: Bucket, *makes: Callable[[StructuredMatrix], Any]) -> tuple[Any, Any]:
+        """Return what two functions make of C and of K, once for as long as these stay."""
+        if bucket.cache is None or bucket.cache[0] != makes:
+            first, second = makes
+            bucket.cache = makes, (first(bucket.matrices["C"]), second(bucket.matrices["K"]))
         return bucket.cache[1]
 
     def _precondition_rows(
         self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
     ) -> tuple[Tensor, Tensor]:
-        left, right = self._cached(bucket, outer_for_few)
+        left, right = self._cached(bucket, outer_for_few, outer_for_few)
         return left.rmatmul(b), right.rmatmul(a)
 
     def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
         K, C = bucket.matrices["K"], bucket.matrices["C"]
         if not (isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix)):
             return None
-        squares = self._cached(bucket, _squares)
+        squares = self._cached(bucket, _squares, _squares)
         return tuple(t.unsqueeze(0) for t in squares) if bucket.single else squares
 
     def _check_group(self, group: dict) -> None:

@@ -472,6 +472,21 @@ def test_outer_for_few(name, d):
     assert isinstance(few, Fourier if d > 256 and "toeplitz" in name else type(outer(M)))
 
 
+@pytest.mark.parametrize("precondition", ["rows", "gradient"])
+def test_large_toeplitz_factors_of_few_vectors(precondition):
+    """Fourier transforms, for the inputs of a layer with few outputs and the other way round."""
+    case = Case(
+        lambda: nn.Sequential(
+            nn.Linear(270, 3), nn.Tanh(), nn.Linear(3, 270), nn.Tanh(), nn.Linear(270, 3)
+        ),
+        lambda n: (torch.randn(n, 270), torch.randint(3, (n,))),
+    )
+    given = FAST | {"precondition": precondition, "structure": "lower-toeplitz"}
+    _, opt, _ = compare(SINGD, case, 3, sizes=[5], start=True, **given)
+    caches = [b.cache[1] for b in opt._buckets.of.values()]
+    assert sum(isinstance(side, Fourier) for sides in caches for side in sides) == 3
+
+
 # -- wrong use -----------------------------------------------------------------------------------------
 
 
