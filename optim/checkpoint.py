@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Entries of every group that say how far the training is. They are there because checkpoints of all
 # kinds keep a group's entries.
-CLOCK = {"step": 0, "refreshed": 0, "refreshes": 0, "skipped": 0}
+# ``rows`` counts the layers whose gradients the last step took as rows.
+CLOCK = {"step": 0, "refreshed": 0, "refreshes": 0, "skipped": 0, "rows": 0, "rejected": 0}
 
 
 def check_saved(optimizer: NaturalGradient, state_dict: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from curvature import DiagonalMatrix, StructuredMatrix
 from optim.bucket import Bucket, Slot
 from optim.inverses import INVERTIBLE, damped_inverse, eigenbasis, pi_ratio
 from optim.layers import Layer
+from optim.momentum import Product
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, whole
@@ -60,7 +61,7 @@ class KFAC(NaturalGradient):
         structure: ``"dense"``, ``"block-diagonal"`` or ``"diagonal"``, as for `SINGD`.
         inverse: ``"pi"`` or ``"exact"``.
         kl_clip: Bound :math:`\kappa` on the predicted squared step; None for none.
-        **shared: As for `SINGD`: ``approx`` to ``maximize``.
+        **shared: As for `SINGD`: ``approx`` to ``precondition``.
 
     Raises:
         ValueError: If an option is out of its range, or a structure has no inverse.
@@ -208,13 +209,25 @@ class KFAC(NaturalGradient):
         Y = Y / (values_B.unsqueeze(-1) * values_A.unsqueeze(-2) + group["damping"])
         return M["basis_A"].rmatmul(M["basis_B"].matmul(Y), transpose=True)
 
-    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _precondition_rows(
+        self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        M = bucket.matrices
+        return M["inverse_B"].rmatmul(b, transpose=True), M["inverse_A"].rmatmul(a)
+
+    def _takes_rows(self, group: dict) -> bool:
+        return group["inverse"] == "pi"
+
+    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Product]]]:
         """Yield parameters with preconditioned gradients, shortened as ``kl_clip`` says."""
         found = super()._directions(layers)
         if self.kl_clip is None:
             yield from found
             return
-        buckets = list(found)
+        buckets = [
+            [(p, n.tensor() if isinstance(n, Product) else n) for p, n in directions]
+            for directions in found
+        ]
         terms = [
             float(self._buckets.group_of[p]["lr"]) ** 2 * _dot(n, p.grad.to(n.dtype))
             for directions in buckets
@@ -238,6 +251,11 @@ class KFAC(NaturalGradient):
             raise ValueError("KFAC: damping=0; expected a number > 0, as factors may be singular.")
         if group["inverse"] not in INVERSES:
             raise ValueError(f"KFAC: inverse={group['inverse']!r}; expected one of {INVERSES}.")
+        if self.precondition == "rows" and not self._takes_rows(group):
+            raise ValueError(
+                f'KFAC: precondition="rows" with inverse={group["inverse"]!r}, which is no product of '
+                'two sides; expected inverse="pi", or precondition="auto".'
+            )
 
 
 def _dot(n: Tensor, g: Tensor) -> Tensor:

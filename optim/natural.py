@@ -24,18 +24,20 @@ from optim.base import CurvatureOptimizer
 from optim.bucket import Bucket, Slot
 from optim.buckets import FALLBACK, JOINED, REFUSED, WEIGHT, Buckets
 from optim.checkpoint import CLOCK, check_saved, loaded_entry
+from optim.costs import of_gradient, of_rows
 from optim.exchange import Exchange
 from optim.fallback import Fallback
 from optim.labels import labels
 from optim.layers import Layer, Layers
-from optim.momentum import momentum_step
+from optim.momentum import Product, momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
+from optim.rows import PRECONDITION, RowKeeper, Rows, matching_scale, probe
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, state_dtype
 from optim.statistics import Moments, Statistics
-from optim.structure import Structure, structures_of
+from optim.structure import DIAGONAL, Structure, structures_of
 
 
 class NaturalGradient(CurvatureOptimizer):
@@ -62,6 +64,7 @@ class NaturalGradient(CurvatureOptimizer):
         stochastic_rounding: Whether half types are rounded at random.
         generator: Random generator for ``fisher="mc"``.
         maximize: Whether to follow the gradient upwards.
+        precondition: ``"gradient"``, ``"rows"`` or ``"auto"``: what K and C are multiplied with.
     """
 
     # Names of structures that can be used; None for all.
@@ -87,6 +90,7 @@ class NaturalGradient(CurvatureOptimizer):
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
         maximize: bool = False,
+        precondition: str = "auto",
     ):
         name = type(self).__name__
         self.interval = check_interval(name, "interval", interval)
@@ -99,6 +103,14 @@ class NaturalGradient(CurvatureOptimizer):
         self.stochastic_rounding, self.maximize = bool(stochastic_rounding), bool(maximize)
         self.fallback = Fallback(name, fallback, fallback_options, self.maximize)
         self.placement = placement_of(name, process_group, placement)
+        if precondition not in PRECONDITION:
+            raise ValueError(f"{name}: precondition={precondition!r}; expected one of {PRECONDITION}.")
+        if precondition == "rows" and self.placement.size > 1:
+            raise ValueError(
+                f'{name}: precondition="rows" with {self.placement.size} processes, whose gradients are '
+                'averages of what all have; expected "gradient" or "auto".'
+            )
+        self.precondition = precondition
         self._layers = Layers(bool(joint_bias))
         wide = None if factor_dtype is None else torch.promote_types(factor_dtype, torch.float32)
         self.statistics = Statistics(
@@ -142,6 +154,8 @@ class NaturalGradient(CurvatureOptimizer):
         # weights with loaded factors whose layers have not been seen yet: the next pass shows them
         self._lost: set[Tensor] = set()
         self._rounding: dict[tuple[str, torch.device], tuple] = {}  # generators of this step
+        self.rows = RowKeeper(self)
+        self._products: dict[Layer, tuple[Tensor, Tensor, float]] = {}  # of this step, see `_checked`
 
     # ------------------------------------------------------------------ what subclasses say
 
@@ -181,6 +195,23 @@ class NaturalGradient(CurvatureOptimizer):
         In new memory, which the caller may overwrite.
         """
 
+    def _precondition_rows(
+        self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return rows whose product is the preconditioned product ``b^T a``, where `_takes_rows`.
+
+        Args:
+            bucket: The bucket.
+            group: Its layers' parameter group.
+            b: ``[(L g), r, o]``, without the axis for a single one.
+            a: ``[(L g), r, i]``, likewise.
+        """
+        raise NotImplementedError
+
+    def _takes_rows(self, group: dict) -> bool:
+        """Whether `_precondition` multiplies from the left and from the right, and no more."""
+        return True
+
     @abstractmethod
     def _project(
         self, M: StructuredMatrix | None, x: Tensor, scale: float, structure: Structure
@@ -194,7 +225,7 @@ class NaturalGradient(CurvatureOptimizer):
     # Attributes that a copy has as well.
     copied: ClassVar[tuple[str, ...]] = (
         *("interval", "factor_dtype", "fallback_lr", "stochastic_rounding", "maximize", "fallback"),
-        *("statistics", "_layers", "placement", "_lost"),
+        *("precondition", "statistics", "_layers", "placement", "_lost"),
     )
 
     # Numbers that a weight's state has beside its matrices, as they are at first.
@@ -206,12 +237,19 @@ class NaturalGradient(CurvatureOptimizer):
     # ------------------------------------------------------------------ the training loop
 
     def extensions(self) -> tuple[Extension, ...]:
-        """Return what the next backward pass has to run with: nothing between refreshes."""
-        if not (self._due() or self._lost):
-            return ()
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        """Return what the next backward pass has to run with.
+
+        Nothing between refreshes, unless layers' gradients are preconditioned as rows.
+        """
+        due, found = self._due(), ()
+        if due or self._lost:
+            found = (self.statistics,)
+        if (due or self._clock["rows"]) and self._may_have_rows():
+            found = (*found, self.rows)
+        if found and all(p.grad is None for group in self.param_groups for p in group["params"]):
             self.statistics.forget()  # of gradients that were thrown away
-        return (self.statistics,)
+            self.rows.forget()
+        return found
 
     def accumulate(self) -> None:
         """Do nothing: what backward passes bring adds up on its own, as gradients do."""
@@ -220,6 +258,7 @@ class NaturalGradient(CurvatureOptimizer):
         """Clear the gradients, and what was gathered with them."""
         super().zero_grad(set_to_none)
         self.statistics.forget()
+        self.rows.forget()
 
     @property
     def _exchange(self) -> Exchange:
@@ -229,6 +268,11 @@ class NaturalGradient(CurvatureOptimizer):
     def skipped(self) -> int:
         """Number of steps that were skipped because a gradient or a statistic was not finite."""
         return self._clock["skipped"]
+
+    @property
+    def rejected(self) -> int:
+        """How often rows of a layer were kept in vain: its gradient was not their product any more."""
+        return self._clock["rejected"]
 
     @torch.no_grad()
     @without_autocast
@@ -250,6 +294,7 @@ class NaturalGradient(CurvatureOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        passes, rows = self.rows.passes, self.rows.take()
         present = self._with_gradient()
         if not present:
             return loss
@@ -275,10 +320,15 @@ class NaturalGradient(CurvatureOptimizer):
             )
         moments = self.statistics.take()
         found = {m.layer: m for m in moments}
-        finite = self._finite(present, moments)
+        self._products, failed = self._checked(rows)
+        used = len(self._products)
+        # the check of rows has seen their layers' gradients
+        rest = [p for p in present if self._layers.owner(p) not in self._products]
+        finite = self._finite(rest, moments)
         if self.placement.size > 1 and not still:
             finite = self._exchange.agree(found, finite, due or bool(self._lost))
         if not finite:
+            self._products = {}
             self._tick(skipped=self.skipped + 1)
             return loss
         if self._lost and not still:
@@ -291,8 +341,11 @@ class NaturalGradient(CurvatureOptimizer):
         self._buckets.activate(filter(None, map(self._layers.owner, present)))
         if due and ran:  # maybe for no layer: all may be the fallback's
             self._refresh_all(found)
+        del rows
         self._update(present)
         if not still:
+            if passes:
+                self._tick(rows=used, rejected=self.rejected + failed)
             self._tick(step=self._clock["step"] + 1)
         return loss
 
@@ -351,7 +404,7 @@ class NaturalGradient(CurvatureOptimizer):
         if others:
             self._fall_back(others)
 
-    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Product]]]:
         """Yield parameters with preconditioned gradients, bucket by bucket, so that few are held."""
         buckets = self._buckets.sort(dict.fromkeys(layers))
         received: dict[int, list[Tensor]] = {}
@@ -367,15 +420,19 @@ class NaturalGradient(CurvatureOptimizer):
                 received.setdefault(bucket.owner, []).append(N.contiguous())
             self.placement.broadcast(received)
         for bucket, found in buckets:
-            scales = None if received or bucket.is_small else self._scales(bucket)
-            if scales is not None:
+            products = [self._products.pop(layer, None) for layer in bucket.layers]
+            whole = None not in products and len({b.shape for b, _, _ in products}) == 1
+            scales = None if received or whole or bucket.is_small else self._scales(bucket)
+            if whole:
+                parts = self._multiplied(bucket, products)
+            elif scales is not None:
                 parts = self._scaled(bucket, *scales)
             else:
                 N = received[bucket.owner].pop(0) if received else self._preconditioned(bucket)
                 N = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
                 parts = [layer.split(part) for layer, part in zip(bucket.layers, N, strict=True)]
             directions = [
-                (p, like_parameter(n, p))
+                (p, n if isinstance(n, Product) else like_parameter(n, p))
                 for layer, part in zip(bucket.layers, parts, strict=True)
                 if layer in found
                 for p, n in zip(layer.parameters, part, strict=True)
@@ -415,6 +472,91 @@ class NaturalGradient(CurvatureOptimizer):
             G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         del matrices
         return self._precondition(bucket, self._buckets.group(bucket), G)
+
+    # ------------------------------------------------------------------ rows
+
+    def _may_have_rows(self) -> bool:
+        """Whether some layers' gradients may be preconditioned as rows."""
+        if self.precondition == "gradient" or self.placement.size > 1:
+            return False
+        for group in self.param_groups:
+            sides = structures_of(type(self).__name__, group["structure"], self.structures)
+            if sides is None or not self._takes_rows(group):
+                continue
+            if self.precondition == "rows" or sides != (DIAGONAL, DIAGONAL):
+                return True
+        return False
+
+    def wants_rows(self, layer: Layer, count: int) -> bool:
+        """Return whether to precondition a layer's gradient as the product of so many rows."""
+        K, C = self._buckets.sides_of(layer)
+        group = self._buckets.group_of[layer.weight]
+        if not self._takes_rows(group) or any(map(is_sharded, layer.parameters)):
+            return False
+        if self.precondition == "rows":
+            return True
+        if K == C == DIAGONAL:
+            return False
+        g, o, i = layer.form.groups, layer.form.rows, layer.form.columns
+        return of_rows(K, C, o, i, count * g) < g * of_gradient(K, C, o, i)
+
+    def layer_of(self, weight: Tensor) -> Layer | None:
+        """Return the layer of a weight, if it has one."""
+        return self._layers.of_weight(weight)
+
+    def rows_dtype(self, layer: Layer) -> torch.dtype:
+        """Return the data type in which rows are kept, and checked: at least float32."""
+        return torch.promote_types(self._buckets.dtype_of(layer), torch.float32)
+
+    def _checked(
+        self, kept: Mapping[Tensor, Rows]
+    ) -> tuple[dict[Layer, tuple[Tensor, Tensor, float]], int]:
+        """Return rows b and a, and a factor, of the layers whose gradients are these products.
+
+        Also how many others there are. What is not finite is no product.
+        """
+        found, checks, probes = {}, [], {}
+        for weight, rows in kept.items():
+            layer = rows.layer
+            if self._layers.of_weight(weight) is not layer or weight.grad is None:
+                continue
+            a, b, d = rows.inputs(rows.b.dtype), rows.b, layer.form.columns
+            if (d, b.dtype, b.device) not in probes:
+                probes[d, b.dtype, b.device] = probe(d, b, self._clock["step"])
+            grads = [self._grad(p) for p in layer.parameters]
+            checks.append(matching_scale(rows, grads, a, b, probes[d, b.dtype, b.device]))
+            found[layer] = b, a
+        if not found:
+            return {}, 0
+        device, dtype = checks[0].device, max((c.dtype for c in checks), key=lambda t: t.itemsize)
+        answers = torch.stack([c.to(device, dtype) for c in checks]).tolist()
+        answers = dict(zip(found, answers, strict=True))
+        right = {layer: (*found[layer], scale) for layer, (scale, fits) in answers.items() if fits}
+        return right, len(found) - len(right)
+
+    def _multiplied(
+        self, bucket: Bucket, products: Sequence[tuple[Tensor, Tensor, float]]
+    ) -> Iterator[tuple[Tensor | Product, ...]]:
+        """Yield preconditioned gradients from rows, layer by layer, weight and bias apart."""
+        b, a = (
+            (ts[0] if len(ts) == 1 else torch.cat(ts)).to(bucket.dtype)
+            for ts in ([p[k] for p in products] for k in (0, 1))
+        )
+        if bucket.single:
+            b, a = b.squeeze(0), a.squeeze(0)
+        b, a = self._precondition_rows(bucket, self._buckets.group(bucket), b, a)
+        if bucket.single:
+            b, a = b.unsqueeze(0), a.unsqueeze(0)
+        g = bucket.form.groups
+        for k, (layer, (_, _, scale)) in enumerate(zip(bucket.layers, products, strict=True)):
+            left, right, form = b[k * g : (k + 1) * g], a[k * g : (k + 1) * g], layer.form
+            if layer.bias is None:
+                yield (Product(left, right, scale, form.axes),)
+                continue
+            column = Product(left, right[..., -1:], scale, form.bias_axes).tensor()
+            yield Product(left, right[..., :-1], scale, form.axes), column
+
+    # ------------------------------------------------------------------ what has no factors
 
     def _fall_back(self, params: list[Tensor]) -> None:
         """Let the fallback train parameters."""

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from curvature import DiagonalMatrix, StructuredMatrix
-from curvature.outer import outer
+from curvature.outer import outer, outer_for_few
 from optim.bucket import Bucket, Slot
 from optim.layers import Layer
 from optim.natural import NaturalGradient
@@ -59,21 +59,31 @@ class InverseFree(NaturalGradient):
         return float(value)
 
     def _precondition(self, bucket: Bucket, group: dict, G: Tensor) -> Tensor:
-        if bucket.cache is None:
-            bucket.cache = outer(bucket.matrices["C"]), outer(bucket.matrices["K"])
-        left, right = bucket.cache
+        o, i = bucket.form.rows, bucket.form.columns
+        # a large side that meets few vectors, such as the inputs of a layer with ten outputs
+        makes = (outer_for_few if i < o / 2 else outer), (outer_for_few if o < i / 2 else outer)
+        left, right = self._cached(bucket, *makes)
         return right.rmatmul(left.matmul(G))
+
+    def _cached(self, bucket: Bucket, *makes: Callable[[StructuredMatrix], Any]) -> tuple[Any, Any]:
+        """Return what two functions make of C and of K, once for as long as these stay."""
+        if bucket.cache is None or bucket.cache[0] != makes:
+            first, second = makes
+            bucket.cache = makes, (first(bucket.matrices["C"]), second(bucket.matrices["K"]))
+        return bucket.cache[1]
+
+    def _precondition_rows(
+        self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        left, right = self._cached(bucket, outer_for_few, outer_for_few)
+        return left.rmatmul(b), right.rmatmul(a)
 
     def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
         K, C = bucket.matrices["K"], bucket.matrices["C"]
         if not (isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix)):
             return None
-        if bucket.cache is None:
-            bucket.cache = tuple(
-                t.unsqueeze(0) if bucket.single else t
-                for t in (C.tensors[0].square(), K.tensors[0].square())
-            )
-        return bucket.cache
+        squares = self._cached(bucket, _squares, _squares)
+        return tuple(t.unsqueeze(0) for t in squares) if bucket.single else squares
 
     def _check_group(self, group: dict) -> None:
         name = type(self).__name__
@@ -107,6 +117,11 @@ class InverseFree(NaturalGradient):
         """Return matrices in float32 or above, where small changes are not lost."""
         dtype = torch.promote_types(bucket.dtype, torch.float32)
         return [bucket.get(name, rows).to(dtype) for name in names]
+
+
+def _squares(M: DiagonalMatrix) -> Tensor:
+    """Return the diagonal of ``M M^T``."""
+    return M.tensors[0].square()
 
 
 class Adaptive(InverseFree):
@@ -242,9 +257,25 @@ class SINGD(Adaptive):
             so that small changes add up.
         generator: Random generator for ``fisher="mc"``; a private one by default.
         maximize: Whether to follow the gradient upwards.
+        precondition: What the step multiplies with K and C. ``"gradient"``: each layer's gradient.
+            ``"rows"``: its factors. A gradient is :math:`G = g^T a`, of the gradients g at the outputs
+            and the inputs a, one row for each position of each datum, so that
+            :math:`C C^T G K K^T = (g C C^T)^T (a K K^T)`: less work where rows are fewer than the
+            layer's inputs and outputs. ``"auto"``: for each layer what is less, by a count of
+            multiply-adds (`optim.costs`). See below.
+
+    **Rows.** They are kept from the backward pass to the step, so ``extensions()`` is not empty between
+    refreshes where a layer has them. Whatever is done to gradients in between is respected: each step
+    multiplies gradient and rows with a random vector, and a gradient that is not a multiple of their
+    product, up to rounding, is taken as it is. So are those of several backward passes, of weights that
+    are used several times, of embeddings, of sharded parameters, and of several processes. Clipping by
+    the norm and gradient scalers multiply gradients, which rows allow; in less precision than float32,
+    where a product could hide a change, only gradients that nobody has written to have rows.
 
     Attributes:
         skipped: Number of steps that were skipped.
+        rejected: How often rows of a layer were kept in vain, as something had changed its gradient.
+            Where no layer's are of use they are not tried before the next refresh.
 
     Raises:
         ValueError: If an option is out of its range, or a structure unknown.
@@ -300,6 +331,7 @@ class SINGD(Adaptive):
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
         maximize: bool = False,
+        precondition: str = "auto",
     ):
         super().__init__(
             model_or_params,
@@ -328,6 +360,7 @@ class SINGD(Adaptive):
             stochastic_rounding=stochastic_rounding,
             generator=generator,
             maximize=maximize,
+            precondition=precondition,
         )
 
 
@@ -347,7 +380,7 @@ class INGD(Adaptive):
         interval: Steps between refreshes.
         lr_cov: Step size :math:`\beta_1` of K and C.
         normalize: Whether to limit the steps of K and C.
-        **shared: The others: ``approx`` to ``maximize``.
+        **shared: The others: ``approx`` to ``precondition``.
 
     References:
         Lin et al. (2023), Simplifying momentum-based positive-definite submanifold optimization with
@@ -407,7 +440,7 @@ class IKFAC(InverseFree):
         interval: Steps between refreshes.
         lr_cov: Step size :math:`\beta_1` of K and C.
         structure: Of K and C.
-        **shared: The others: ``approx`` to ``maximize``.
+        **shared: The others: ``approx`` to ``precondition``.
 
     References:
         Lin et al. (2024), Structured inverse-free natural gradient: memory-efficient and numerically

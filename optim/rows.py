@@ -1,0 +1,245 @@
+r"""Gradients as products of rows: what the step preconditions where a batch is smaller than a layer.
+
+The gradient of a layer is :math:`G = g^T a`: of the gradients g at its outputs and its inputs a, one row
+for each position of each datum. Where rows are few, :math:`C C^T G K K^T = (g C C^T)^T (a K K^T)` costs
+a fraction of products with G itself.
+
+Index letters: g matrices of one shape (groups of a layer, layers of one shape), r rows, o outputs,
+i inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from math import sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from backpack_ext import Extension, UnsupportedError
+from backpack_ext.extension import Vectors
+from backpack_ext.normal import OneHot
+from backpack_ext.shards import held
+from backpack_ext.unit import Unit
+from optim.layers import Layer
+from optim.rounding import seeded_generator
+
+if TYPE_CHECKING:
+    from optim.natural import NaturalGradient
+
+PRECONDITION = ("auto", "gradient", "rows")
+
+# How far, in units of rounding, a gradient may be from the product of its rows. Seen on networks in
+# float32 and float64, of 16 to 4096 rows: up to 0.6.
+TOLERANCE = 4.0
+
+_numbers = itertools.count()
+
+
+class Rows(NamedTuple):
+    """The rows of one layer's gradient.
+
+    Attributes:
+        layer: The layer.
+        a: Inputs ``[g,r,i]``, without the column of a joined bias.
+        b: Gradients at the outputs, ``[g,r,o]``.
+        eps: The precision that the gradient was computed in, the distance from one to the next number.
+        grads: The parameters' gradients at the end of the backward pass, and their versions.
+    """
+
+    layer: Layer
+    a: Tensor
+    b: Tensor
+    eps: float
+    grads: tuple[tuple[Tensor | None, int], ...] = ()
+
+    def with_grads(self) -> Rows:
+        """Return the same with the gradients that the parameters have now."""
+        grads = [p.grad for p in self.layer.parameters]
+        return self._replace(grads=tuple((t, 0 if t is None else t._version) for t in grads))
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the gradient is of less precision than float32."""
+        return self.eps > torch.finfo(torch.float32).eps
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the parameters' gradients are those of the backward pass, never written to since."""
+        pairs = zip(self.layer.parameters, self.grads, strict=True)
+        return all(p.grad is t and (t is None or t._version == v) for p, (t, v) in pairs)
+
+    def inputs(self, dtype: torch.dtype) -> Tensor:
+        """Return the inputs with the column of a joined bias, ``[g,r,i]``; zeros if it is frozen."""
+        a = self.a.to(dtype)
+        if self.layer.bias is None:
+            return a
+        column = (a.new_zeros if self.layer.bias.grad is None else a.new_ones)((*a.shape[:2], 1))
+        return torch.cat([a, column], dim=2)
+
+
+class RowKeeper(Extension):
+    """Keeps the rows of layers' gradients from a backward pass to the step.
+
+    Which layers is the optimizer's choice. Nothing is left on the parameters. Rows stand for the
+    gradients only if one backward pass brought these: after a second one there are none, until `take`
+    or `forget` is called.
+
+    Args:
+        source: The optimizer, which has ``wants_rows(layer, count)``.
+    """
+
+    vectors = Vectors("gradient")
+    needs_independent_samples = False
+
+    def __init__(self, source: NaturalGradient):
+        # nothing lands there, but two optimizers in one block need names of their own
+        super().__init__(f"{type(source).__name__.lower()}_rows_{next(_numbers)}", "skip")
+        self.source = source
+        self.passes = 0  # since the last `take` or `forget`
+        self._kept: dict[Tensor, Rows] = {}
+
+    def take(self) -> dict[Tensor, Rows]:
+        """Return the rows of layers, by weight, and begin anew."""
+        found = self._kept
+        self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.passes, self._kept = 0, {}
+
+    def absorb(self, store: dict, unit: Unit) -> None:
+        """Keep the rows of one layer, if the optimizer wants them."""
+        site, weight = unit.sites[0], unit.parameters.get("weight")
+        if weight is None or unit.rule.elementwise:
+            return
+        weight = held(weight)
+        if weight in store:  # a second use: the rows of one are not all
+            store[weight] = None
+            return
+        layer = self.source.layer_of(weight)
+        if layer is None or layer.form.one_hot:
+            return
+        if site.shared or site.parts or site.sharing is not None or len(unit.sites) > 1:
+            store[weight] = None
+            return
+        count = unit.cotangents[0].numel() // (layer.form.groups * layer.form.rows)
+        if not self.source.wants_rows(layer, count) or isinstance(unit.a, OneHot):
+            return
+        dtype = self.source.rows_dtype(layer)
+        a, b = unit.a.flatten(1, 2), unit.b.flatten(1, 3)
+        columns = layer.form.columns - (layer.bias is not None)
+        if (len(a), a.shape[2], b.shape[2]) != (layer.form.groups, columns, layer.form.rows):
+            return
+        types = site.input().dtype, unit.cotangents[0].dtype, weight.dtype
+        a, b = (t.detach().to(dtype) for t in (a, b))
+        store[weight] = Rows(layer, a, b, precision(types, b.device))
+
+    def finish(self, store: dict) -> list[tuple[nn.Parameter, Any]]:
+        """Keep what one backward pass has brought until the step; return nothing."""
+        self.passes += 1
+        self._kept = {}
+        if self.passes == 1:
+            self._kept = {w: rows.with_grads() for w, rows in store.items() if rows is not None}
+        return []
+
+    def merge(self, total: dict, store: dict, weight: float) -> None:
+        """Refuse: rows belong to a step.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "An optimizer's rows belong to its step, not to a data set. Collect backpack_ext.BatchGrad."
+        )
+
+    def check_processes(self) -> None:
+        """Refuse: the rows of one process are not those of all.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "An optimizer averages over processes itself. Pass process_group to the optimizer, and none "
+            "to backpack(...)."
+        )
+
+
+def precision(types: Sequence[torch.dtype], device: torch.device) -> float:
+    """Return the precision of a product: the distance from one to the next number.
+
+    Args:
+        types: Data types of what was multiplied, and of the result.
+        device: Where.
+    """
+    eps = max(torch.finfo(t).eps for t in types)
+    if torch.float32 in types:
+        if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            eps = max(eps, 2.0**-10)
+        elif torch.get_float32_matmul_precision() != "highest":
+            eps = max(eps, 2.0**-8)
+    return eps
+
+
+def probe(d: int, like: Tensor, step: int) -> Tensor:
+    """Return d random numbers between 0.5 and 1.5 in size, of random signs; the same for one step.
+
+    No entry is small: a change of any single entry of a gradient shows.
+    """
+    generator = seeded_generator(torch.device("cpu"), d, step)
+    x = torch.rand(d, generator=generator, dtype=torch.float64) * 2 - 1
+    return (x + x.sign() / 2).to(like.device, like.dtype)
+
+
+def matching_scale(rows: Rows, grads: Sequence[Tensor], a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    r"""Return whether a gradient is a multiple of the product of its rows, :math:`G = s\, b^T a`.
+
+    As Freivalds does: both sides are multiplied with a random vector x. They agree if
+
+    .. math::
+        |G x - s\, b^T (a x)|_o \le \tau\, |s|\, \epsilon\, \|b_{:o}\|_2 \|a\|_F
+
+    in each row o, where the right side is what rounding explains: :math:`\epsilon` is the precision of
+    the data type, and :math:`\tau` = `TOLERANCE`, times :math:`\sqrt{r} / 16` for more than 256 rows.
+    That is tried for s = 1, then for the s of least squares: clipping by the norm, and gradient scalers,
+    multiply whole gradients. A gradient of less precision than float32, which explains more, has to be
+    the one of the backward pass, untouched.
+
+    Args:
+        rows: The rows.
+        grads: Gradients of the layer's parameters, shaped like them.
+        a: Its inputs ``[g,r,i]``, with the column of a joined bias.
+        b: Its gradients at outputs, ``[g,r,o]``.
+        x: ``[i]``.
+
+    Returns:
+        s, and 1 or 0: ``[2]``.
+
+    References:
+        Freivalds (1977), Probabilistic machines can use less running time.
+    """
+    form = rows.layer.form
+    G = form.axes.to_matrix(grads[0]).to(a.dtype)
+    found = G @ x[: G.shape[-1]]  # [g,o]
+    if rows.layer.bias is not None:
+        found = found + form.bias_axes.to_matrix(grads[1]).to(a.dtype).squeeze(-1) * x[-1]
+    expected = ((a @ x).unsqueeze(1) @ b).squeeze(1)
+    size = b.square().sum(1).sqrt_() * torch.linalg.vector_norm(a.flatten(1), dim=1, keepdim=True)
+    count = max(1, a.shape[1])
+    if rows.coarse:
+        bound = (torch.linalg.vector_norm(G, dim=-1) + size / sqrt(count)) * (TOLERANCE * rows.eps)
+        if not rows.untouched:
+            bound.fill_(-1.0)
+    else:
+        bound = size * (TOLERANCE * max(1.0, sqrt(count) / 16) * rows.eps)
+    scale = torch.dot(found.flatten(), expected.flatten()) / expected.square().sum()
+    # where squares overflow a bound would allow everything
+    known = bound.isfinite().all()
+    same = known & ((found - expected).abs() <= bound).all()
+    multiple = known & ((found - scale * expected).abs() <= scale.abs() * bound).all()
+    multiple &= scale.isfinite()
+    scale = torch.where(same, torch.ones_like(scale), scale)
+    return torch.stack([scale, (same | multiple).to(scale.dtype)])
