@@ -187,7 +187,7 @@ def test_curvlinops_factors_agree(approx):
 
 def test_missing_peer_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "installed", dict)
-    arguments = ["--models", "tiny", "--repetitions", "1", "--rows", "reduce mc"]
+    arguments = ["--models", "tiny", "--repetitions", "1", "--rows", "expand mc"]
     arguments += ["--threads", "1", "--out", str(tmp_path)]
     (row,) = main(arguments)["problems"][0]["rows"]
     assert "curvlinops" not in row
