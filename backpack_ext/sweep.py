@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -159,6 +160,7 @@ def sweep(
             chunk_done()
         return
     chunk = max(1, min(count, MAX_BYTES // (8 * per_column)))
+    chunk = ceil(count / ceil(count / chunk))  # of equal size, without a small last one
     for a in range(0, count, chunk):
         with SuspendBackpack():
             seeds = columns(a, min(a + chunk, count))

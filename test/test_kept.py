@@ -1,5 +1,6 @@
 """What a forward pass leaves alive: no more than torch itself keeps, byte by byte."""
 
+import copy
 import json
 import weakref
 
@@ -416,3 +417,34 @@ def test_the_table_of_what_is_kept(tmp_path, capsys, monkeypatch):
         assert row["plain torch"] == row["ours"] == row["ours, in a block"] < row["BackPACK"]
     assert found["head"]["ours"] < found["everything"]["ours"] / 5
     assert capsys.readouterr().out.count("\n") == 6
+
+
+class Turned(nn.Module):
+    """Layers that read transposed inputs, behind a square layer whose own input has the same size."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x).transpose(1, 2)).transpose(1, 2)).mean(1)
+
+
+def test_transposed_inputs(double):
+    """A product reads a copy of them, which is all that autograd keeps: the copy serves."""
+    torch.manual_seed(0)
+    model, loss_fn = Turned(), nn.CrossEntropyLoss()
+    parts = model, loss_fn, torch.randn(5, 6, 6), torch.randint(4, (5,))
+    plain = after_forward(parts, hooked=False)
+    assert after_forward(parts) == plain
+    _, _, x, y = parts
+    with backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+    one = copy.deepcopy(model)
+    for n in range(5):
+        loss = loss_fn(one(x[n : n + 1]), y[n : n + 1]) / 5
+        grads = torch.autograd.grad(loss, list(one.parameters()))
+        for p, g in zip(model.parameters(), grads, strict=True):
+            torch.testing.assert_close(p.grad_batch[n], g)
