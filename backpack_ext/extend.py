@@ -21,7 +21,7 @@ from backpack_ext.graph import Whole, anchor_of, tag, tag_whole
 from backpack_ext.loss_call import LossCall
 from backpack_ext.losses import is_loss, loss_rule
 from backpack_ext.rules.base import Rule, is_known_to_extensions, look_up
-from backpack_ext.saved_input import SavedInput, cast_input, recomputes, saves_by_hooks
+from backpack_ext.saved_input import SavedInput, input_as_read, recomputes, saves_by_hooks
 from backpack_ext.sharing import sharing
 from backpack_ext.site import NoChecks, Site, is_no_parameter, roots
 
@@ -300,9 +300,10 @@ class SiteHook(Hook):
             saved = SavedInput(x, brings_inputs_back() if recomputes() else wanted)
         if not wanted:
             return
-        cast = None
-        if x.dtype != output.dtype and rule is not None and not hooked and "weight" in parameters:
-            cast = cast_input(x, output)
+        read = None
+        other = x.dtype != output.dtype or not x.is_contiguous()
+        if other and rule is not None and not hooked and "weight" in parameters:
+            read = input_as_read(x, output, parameters["weight"])
         batch = None if running is None else running.batch
         if batch is None:
             rows = output if lists else x
@@ -321,7 +322,7 @@ class SiteHook(Hook):
             inputs[1:],
             saved=saved,
             keeps_input=not alone or sharing.current is not None,
-            cast=cast,
+            as_read=read,
         )
         if sharing.current is not None:
             sharing.current.record(site)

@@ -67,6 +67,8 @@ class Extension(BackpropExtension):
     needs_layers = True
     # Whether it forms the per-sample vectors of a weight with shared positions, which others may use.
     forms_grads = False
+    # Whether several columns at a time cost it less than one by one.
+    gathers = True
     # What else to do where a loss is needed and none was found, for the message.
     without_loss = ""
     # Results scale with loss ** power: how batches of a data set are put on one scale.

@@ -101,6 +101,8 @@ class KFAC(Extension):
         True
     """
 
+    gathers = False
+
     def __init__(
         self,
         approx: str = "expand",

@@ -302,7 +302,8 @@ class LayerPass(Receiver):
                 def deliver(site: Site, g: Tensor) -> None:
                     self._deliver(group, pending, site, size * widen(g))
 
-            sweep(call.start, reach, columns, count, deliver, partial(self._flush, group, pending))
+            flush, gather = partial(self._flush, group, pending), any(e.gathers for e in group)
+            sweep(call.start, reach, columns, count, deliver, flush, gather)
         for site in reach.sites:
             site.let_go()
 

@@ -28,33 +28,42 @@ def _hooks() -> tuple | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-# Operations under layers whose input autocast casts, each with the name of what it saves of it.
-_CAST_INPUTS = {
-    "AddmmBackward0": "_saved_mat1",
-    "MmBackward0": "_saved_self",
-    "ConvolutionBackward0": "_saved_input",
+# Operations under layers that read another tensor than their input (autocast casts inputs, and products
+# bring transposed ones in order), with the name that it is saved by and the place of the weight.
+_READERS = {
+    "AddmmBackward0": ("_saved_mat1", 2),
+    "MmBackward0": ("_saved_self", 1),
+    "ConvolutionBackward0": ("_saved_input", 1),
 }
 
 
-def cast_input(x: Tensor, output: Tensor) -> Tensor | None:
-    """Return what autocast made of a layer's input, if autograd keeps it; None if it is not found.
+def input_as_read(x: Tensor, output: Tensor, weight: Tensor) -> Tensor | None:
+    """Return what a layer's input was cast or copied to, if autograd keeps it; None if it is not found.
 
-    It is what the weights were multiplied with, and takes no further memory.
+    It is what the weight was multiplied with. Autograd does not keep the input itself then.
 
     Args:
-        x: The layer's input.
-        output: Its output, of a lower data type.
+        x: The layer's input, of another data type than its output, or not contiguous.
+        output: Its output.
+        weight: Its weight, a leaf.
     """
     node = output.grad_fn
-    for _ in range(3):  # reshapes
-        if node is None or node.name() in _CAST_INPUTS:
+    for _ in range(3):  # reshapes, and the addition of a bias
+        if node is None or node.name() in _READERS:
             break
-        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
-    saved = None if node is None else getattr(node, _CAST_INPUTS[node.name()], None)
-    if not isinstance(saved, Tensor) or saved.dtype != output.dtype or saved.numel() != x.numel():
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is None or node.name() not in _READERS:
         return None
-    same = saved.shape == x.shape or (saved.dim() == 2 and saved.shape[-1] == x.shape[-1])
-    return saved.detach().reshape(x.shape) if same and saved.is_contiguous() else None
+    name, place = _READERS[node.name()]
+    leaf = node.next_functions[place][0]
+    while leaf is not None and leaf.next_functions:  # transposed, cast
+        leaf = leaf.next_functions[0][0]
+    saved = getattr(node, name)
+    if getattr(leaf, "variable", None) is not weight or saved is None or not saved.is_contiguous():
+        return None  # another layer's
+    same = saved.shape == x.shape or (saved.dim() == 2 and saved.shape[-1:] == x.shape[-1:])
+    fits = same and saved.numel() == x.numel() and saved.dtype == output.dtype
+    return saved.detach().reshape(x.shape) if fits else None
 
 
 class SavedInput:

@@ -110,11 +110,11 @@ class Site:
         parts: Mapping[str, tuple[int, int]] = _WHOLE,
         saved: SavedInput | None = None,
         keeps_input: bool = True,
-        cast: Tensor | None = None,
+        as_read: Tensor | None = None,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self.depends_on_parameters = x.requires_grad
-        x = x if cast is None else cast
+        x = x if as_read is None else as_read
         self.x = x.detach() if keeps_input and saved is None else None
         self._saved, self._version = saved, x._version
         self.keeps_input, self.in_shape, self.in_dtype = keeps_input, x.shape, x.dtype

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -129,11 +130,13 @@ def sweep(
     count: int,
     deliver: Deliver,
     chunk_done: Callable[[], None],
+    gather: bool = True,
 ) -> None:
     """Send columns from the loss's input to all Sites behind it.
 
     One column streams: each Site's tap consumes its vector and lets it go. Several columns are
-    gathered in chunks that fit into `MAX_BYTES`, vectorised where they are small.
+    gathered in chunks that fit into `MAX_BYTES`, vectorised where they are small; large ones stream one
+    by one if nobody gains by chunks. ``python -m benchmarks.columns`` measures these choices.
 
     Args:
         start: Edge of the loss's input.
@@ -142,18 +145,22 @@ def sweep(
         count: Number of columns.
         deliver: Takes each Site's vectors.
         chunk_done: Called after each chunk.
+        gather: Whether a chunk of columns costs those who take it less than the columns one by one.
+            If not, large columns stream too: nothing is copied, and no cotangents wait.
 
     Raises:
         RecordingError: If a Site is reached without its vectors arriving.
     """
     if not reach.sites:
         return
-    if count == 1:
-        stream(start, reach, columns(0, 1)[0], deliver, reads_inputs=True)
-        chunk_done()
-        return
     per_column = sum(site.out_shape.numel() for site in reach.sites)
+    if count == 1 or (per_column > SMALL and not gather):
+        for k in range(count):
+            stream(start, reach, columns(k, k + 1)[0], deliver, reads_inputs=True)
+            chunk_done()
+        return
     chunk = max(1, min(count, MAX_BYTES // (8 * per_column)))
+    chunk = ceil(count / ceil(count / chunk))  # of equal size, without a small last one
     for a in range(0, count, chunk):
         with SuspendBackpack():
             seeds = columns(a, min(a + chunk, count))

@@ -1,5 +1,7 @@
 """What a forward pass leaves alive: no more than torch itself keeps, byte by byte."""
 
+import copy
+import json
 import weakref
 
 import backpack as theirs
@@ -21,8 +23,10 @@ from backpack_ext import (
     SumGradSquared,
     backpack,
     extend,
+    sweep,
 )
 from backpack_ext import site as site_module
+from benchmarks import kept
 from benchmarks.memory import kept_memory
 
 
@@ -213,17 +217,22 @@ MIXES = {
     "mc": lambda: (KFAC(generator=seeded()), KFAC("reduce", generator=seeded(), savefield="r")),
     "mc, empirical": lambda: (KFAC(generator=seeded()), BatchGrad(), SumGradSquared()),
     "exact": lambda: (KFAC(fisher="exact"), DiagGGN("exact")),
+    "exact alone": lambda: (KFAC(fisher="exact"),),
     "exact, empirical": lambda: (KFAC(fisher="exact"), KFAC(fisher="empirical", savefield="e")),
     "EKFAC": lambda: (EKFAC(generator=seeded()), BatchL2Grad()),
     "per datum": lambda: (HesScale(batch=True),),
 }
 
 
+@pytest.mark.parametrize("small", [sweep.SMALL, 0])
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("retain", [False, True])
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
-def test_checkpoints_bring_the_same(mix: str, inside: bool, retain: bool, early_stop: bool, double):
+def test_checkpoints_bring_the_same(mix, inside, retain, early_stop, small, double, monkeypatch):
+    if small == 0 and "exact" not in mix:
+        pytest.skip("no columns that could be vectorised")
+    monkeypatch.setattr(sweep, "SMALL", small)
     found = []
     for checkpointed in (False, True):
         model, loss_fn, x, y = make(checkpointed=checkpointed)
@@ -398,3 +407,44 @@ def test_logits_of_the_cross_entropy_are_those_of_the_loss(double):
 
         hessian = torch.autograd.functional.hessian(total, layer[0].bias.detach())
         torch.testing.assert_close(exact, hessian)
+
+
+def test_the_table_of_what_is_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kept, "CASES", {name: kept.CASES[name] for name in ("everything", "head")})
+    kept.main(["--quick", "--output", str(tmp_path / "kept.json")])
+    found = json.loads((tmp_path / "kept.json").read_text())["bytes"]
+    for row in found.values():
+        assert row["plain torch"] == row["ours"] == row["ours, in a block"] < row["BackPACK"]
+    assert found["head"]["ours"] < found["everything"]["ours"] / 5
+    assert capsys.readouterr().out.count("\n") == 6
+
+
+class Turned(nn.Module):
+    """Layers that read transposed inputs, behind a square layer whose own input has the same size."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x).transpose(1, 2)).transpose(1, 2)).mean(1)
+
+
+def test_transposed_inputs(double):
+    """A product reads a copy of them, which is all that autograd keeps: the copy serves."""
+    torch.manual_seed(0)
+    model, loss_fn = Turned(), nn.CrossEntropyLoss()
+    parts = model, loss_fn, torch.randn(5, 6, 6), torch.randint(4, (5,))
+    plain = after_forward(parts, hooked=False)
+    assert after_forward(parts) == plain
+    _, _, x, y = parts
+    with backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+    one = copy.deepcopy(model)
+    for n in range(5):
+        loss = loss_fn(one(x[n : n + 1]), y[n : n + 1]) / 5
+        grads = torch.autograd.grad(loss, list(one.parameters()))
+        for p, g in zip(model.parameters(), grads, strict=True):
+            torch.testing.assert_close(p.grad_batch[n], g)

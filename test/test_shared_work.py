@@ -1,12 +1,25 @@
 """What extensions of one pass have in common is computed once: counted products and passes."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backpack_ext import EKFAC, KFAC, BatchGrad, BatchL2Grad, DiagGGN, SumGradSquared, backpack, extend
+from backpack_ext import (
+    EKFAC,
+    KFAC,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGN,
+    SumGradSquared,
+    backpack,
+    extend,
+    sweep,
+)
 from backpack_ext import kfac as kfac_module
+from benchmarks import columns
 from curvature import Kronecker
 
 
@@ -144,6 +157,24 @@ def test_one_sweep_for_the_same_vectors():
 
 
 @pytest.mark.parametrize("net", NETS)
+def test_large_columns_stream_unless_someone_gathers(net: str, monkeypatch: pytest.MonkeyPatch):
+    """The factors are the same; chunks are for those who square inputs once per chunk."""
+    model, closure = parts(net)
+    chunks, chunk = [], sweep._chunk
+    monkeypatch.setattr(sweep, "_chunk", lambda *args: (chunks.append(1), chunk(*args))[1])
+    found = []
+    for small, others in ((2**30, ()), (0, ()), (0, (DiagGGN("exact"),))):
+        monkeypatch.setattr(sweep, "SMALL", small)
+        chunks.clear()
+        with backpack(KFAC(fisher="exact"), KFAC("reduce", "exact", savefield="reduce"), *others):
+            closure().backward()
+        assert bool(chunks) == (small > 0 or others != ())
+        found.append([tuple(b) for p in model.parameters() for b in (p.kfac, p.reduce)])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize("net", NETS)
 def test_results_are_those_of_each_alone_and_have_memory_of_their_own(net: str):
     def extensions():
         draws = generator()
@@ -183,3 +214,14 @@ def test_results_are_those_of_each_alone_and_have_memory_of_their_own(net: str):
                 for t in (block.A, block.B):
                     owner = tensors.setdefault(t.untyped_storage().data_ptr(), field)
                     assert owner == field, f"{owner} and {field} share memory"
+
+
+def test_the_table_of_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(columns, "ROWS", {"KFAC reduce": columns.ROWS["KFAC reduce"]})
+    before = sweep.MAX_BYTES, sweep.SMALL, KFAC.gathers
+    path = tmp_path / "columns.json"
+    columns.main(["--seconds", "0", "--problems", "tiny", "--output", str(path)])
+    (found,) = json.loads(path.read_text())["columns"].values()
+    assert len(found) == 11 and all(r["ms"] > 0 and r["MB"] > 0 for r in found.values())
+    assert "tiny, KFAC reduce" in capsys.readouterr().out
+    assert (sweep.MAX_BYTES, sweep.SMALL, KFAC.gathers) == before
