@@ -14,6 +14,7 @@ from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.factor_rows import APPROX, FactorRows
 from backpack_ext.groups import Groups
 from backpack_ext.normal import gram
+from backpack_ext.rules.base import InputMoment
 from backpack_ext.share import Part, Share
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_vectors
@@ -207,13 +208,12 @@ class KFAC(Extension):
             layer.add_B(part)
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
         if new:
-            a = self.rows.inputs_of([u for _, u in new])
-            A = self._second_moment(a, unit, "A", 1 / a.shape[1]).split(groups)
-            last = self._last_row(a, unit)
+            A, last, rows = self._inputs([u for _, u in new])
+            A = A.split(groups)
             last = [None] * len(A) if last is None else last.split(groups)
             normalize = self.rows.normalize(unit)
             for (layer, _), part, row in zip(new, A, last, strict=True):
-                layer.add_A(part, row, a.shape[1])
+                layer.add_A(part, row, rows)
                 layer.normalize = normalize
 
     def _add_inputs(self, layer: _Layer, unit: Unit) -> None:
@@ -222,10 +222,32 @@ class KFAC(Extension):
             A, rows = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             layer.add_A(A, None, rows)
         else:
-            a = self.rows.inputs_of([unit])
-            A = self._second_moment(a, unit, "A", 1 / max(1, a.shape[1]))
-            layer.add_A(A, self._last_row(a, unit), a.shape[1])
+            layer.add_A(*self._inputs([unit]))
         layer.normalize = self.rows.normalize(unit)
+
+    def _inputs(self, units: list[Unit]) -> tuple[Tensor, Tensor | None, int]:
+        """Return A ``[(L g),i,i]`` of layers of equal shape, its last rows if joint, and its rows."""
+        sums = self._sums(units)
+        if sums is None:
+            a = self.rows.inputs_of(units)
+            A = self._second_moment(a, units[0], "A", 1 / max(1, a.shape[1]))
+            return A, self._last_row(a, units[0]), a.shape[1]
+        rows = sums[0].rows
+        A = torch.cat([s.second for s in sums]) if len(sums) > 1 else sums[0].second
+        A = self.rows.cast(A.div_(max(1, rows)))
+        if sums[0].first is None:
+            return A, None, rows
+        mean = self.rows.cast(torch.cat([s.first for s in sums]) / max(1, rows))
+        return A, torch.cat([mean, mean.new_ones(len(mean), 1)], dim=1), rows
+
+    def _sums(self, units: list[Unit]) -> list[InputMoment] | None:
+        """Return sums of which A is the mean where that needs no rows; else None."""
+        if self.approx != "expand":
+            return None
+        size = units[0].moment_size
+        if size is None or not self._fits(size, "factor A", units[0]):
+            return None
+        return self.rows.moments_of(units, self.joins(units[0].parameters))
 
     def _divisors(self, layer: _Layer, unit: Unit) -> Tensor | None:
         """Return the number of positions per datum if B takes the mean over them; None otherwise.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backpack_ext.conv_factors.geometry import Dimension, Geometry
-from backpack_ext.conv_factors.overlaps import overlaps, step_of
+from backpack_ext.conv_factors.overlaps import overlaps
 
 
 def layout(x: Tensor, geometry: Geometry, level: int) -> dict[tuple[int, ...], Tensor]:
@@ -25,39 +25,38 @@ def layout(x: Tensor, geometry: Geometry, level: int) -> dict[tuple[int, ...], T
         level: How many dimensions are not unfolded.
 
     Returns:
-        By phase, ``[g, J_1, n, J_2, ..., J_level, *O, (c k)]`` with O and k of the dimensions that are
-        unfolded, in memory in this order; ``[g, n, *O, (c k)]`` for level 0.
+        By phase, ``[g, (c k), J_1, n, J_2, ..., J_level, *O]`` with O and k of the dimensions that are
+        unfolded, in memory in this order; ``[g, (c k), n, *O]`` for level 0. A copy of rows: where the
+        last dimension of x is contiguous, so is what is read.
     """
     kept, unfolded = geometry.dimensions[:level], geometry.dimensions[level:]
-    each, n, groups = [overlaps(d) for d in kept], len(x), geometry.groups
+    each, groups = [overlaps(d) for d in kept], geometry.groups
     for axis, d in enumerate(unfolded, 2 + level):
         x = _unfold(x, axis, d)
-    # [n, g, c, *I, *O, *K]
-    x = x.unflatten(1, (groups, -1))
-    inner = range(3 + level, x.dim())
-    rest = [*inner[: len(unfolded)], 2, *inner[len(unfolded) :]]
-    order = [1, 0, *rest] if not level else [1, 3, 0, *range(4, 3 + level), *rest]
-    tails = [0, *(o.reach for o in each[1:])][:level]
+    x = x.unflatten(1, (groups, -1))  # [n, g, c, *I, *O, *K]
+    dims = len(geometry.dimensions)
+    images, kernels = range(3, 3 + dims), range(3 + dims, x.dim())
+    order = [1, 2, *kernels, *images[:level][:1], 0, *images[:level][1:], *images[level:]]
+    lead = 2 + len(kernels)
     found = {}
     for phase in product(*(range(o.step) for o in each)):
-        part = x[(slice(None),) * 3 + tuple(slice(q, None, o.step) for q, o in zip(phase, each))]
-        part = part.permute(order)
-        lengths = [o.entries for o in each]
-        sizes = [length + tail for length, tail in zip(lengths, tails, strict=True)]
-        held = [part.shape[0], *sizes[:1], n, *sizes[1:], *part.shape[2 + max(0, level - 1) + (level > 0) :]]
-        if not level or tuple(held) == tuple(part.shape):
+        steps = (slice(q, None, o.step) for q, o in zip(phase, each, strict=True))
+        part = x[(slice(None),) * 3 + tuple(steps)].permute(order)
+        held = list(part.shape)
+        for axis, o in enumerate(each):
+            # behind the axes of features come J_1, n, J_2, ...
+            held[lead + axis + (axis > 0)] = o.entries + (o.reach if axis else 0)
+        if tuple(held) == part.shape:
             whole = part.contiguous()
         else:
             whole = part.new_zeros(held)
-            box = [slice(None), *(slice(size) for size in part.shape[1 : 2 + level])]
-            whole[tuple(box)] = part
-        features = whole.dim() - 1 - len(unfolded)
-        found[phase] = whole.flatten(features)
+            whole[tuple(map(slice, part.shape))] = part
+        found[phase] = whole.flatten(1, lead - 1)
     return found
 
 
 def _unfold(x: Tensor, axis: int, d: Dimension) -> Tensor:
-    """Return the entries that kernel entries meet, ``[..., O, ..., K]`` with K last; a view if it can be.
+    """Return the entries that kernel entries meet, ``[..., O, ..., K]`` K last; a view if it can be.
 
     A transposed convolution is one of stride 1, with its kernel flipped, of the input with
     ``stride - 1`` zeros between neighbours.
@@ -79,14 +78,15 @@ def _unfold(x: Tensor, axis: int, d: Dimension) -> Tensor:
     return x.flip(-1) if d.transposed else x
 
 
-def sums(x: Tensor, geometry: Geometry) -> Tensor:
+def sums(x: Tensor, geometry: Geometry, dtype: torch.dtype | None = None) -> Tensor:
     r"""Return the sum of all patches, :math:`\sum_{no} x[n, c, i(o, k)]`, as ``[g, (c k)]``.
 
     Args:
         x: ``[n, C, *I]``, `Geometry.padded`.
         geometry: The geometry.
+        dtype: Data type of the sums; that of x but at least float32 by default.
     """
-    x = x.sum(0)
+    x = x.sum(0, dtype=dtype or torch.promote_types(x.dtype, torch.float32))
     for d in geometry.dimensions:  # each time the first spatial axis becomes the last one, of K
         met = d.pattern().sum(1).to(x.device, x.dtype)
         x = x.movedim(1, -1) @ met

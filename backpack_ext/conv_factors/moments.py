@@ -24,11 +24,13 @@ higher levels skip most pairs. Data are taken some at a time, such that what is 
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
 
 import torch
 from torch import Tensor
 
+from backpack_ext.conv_factors.choice import NARROW, best_level, columns, rows_of
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.layout import layout
 from backpack_ext.conv_factors.overlaps import Cell, Plan, plan
@@ -36,74 +38,76 @@ from curvature.panels import symmetric_product
 
 # Entries that are laid out at once.
 WORKSPACE = 2**22
-# Up to this many columns, products of many rows use one core only unless the rows are divided.
-NARROW = 256
+# From this many entries on, sums of cells are formed one after the other.
+LARGE = 2**18
 # From this share of a dimension on, a segment is multiplied in place, with zeros elsewhere.
 WIDE = 0.5
 
 
-def moment(x: Tensor, geometry: Geometry, level: int, workspace: int | None = None) -> Tensor:
+def moment(
+    x: Tensor,
+    geometry: Geometry,
+    level: int | None = None,
+    dtype: torch.dtype | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
     r"""Return :math:`\sum_{no} u_{no} u_{no}^T` as ``[g, (c k), (c k)]``, a sum over data and pixels.
 
     Args:
-        x: Input ``[n, C, *I]`` of the convolution; half types are summed in float32.
+        x: Input ``[n, C, *I]`` of the convolution.
         geometry: The convolution's geometry.
-        level: In how many dimensions overlaps are made use of, 0 to all.
-        workspace: Entries that are laid out at once; `WORKSPACE` by default.
-
-    Returns:
-        The sum, in the data type of x but at least float32.
+        level: In how many dimensions overlaps are made use of, 0 to all; that of `best_level` if None.
+        dtype: Data type of products and sums; that of x but at least float32 by default.
+        workspace: Entries that are laid out at once, unless a datum has more.
 
     Raises:
         ValueError: If there are not so many dimensions.
+
+    Example:
+        >>> from torch import nn
+        >>> conv, x = nn.Conv1d(1, 1, 2, bias=False), torch.tensor([[[1.0, 2.0, 4.0]]])
+        >>> moment(x, Geometry.of(conv, x.shape, conv(x).shape))  # patches (1, 2) and (2, 4)
+        tensor([[[ 5., 10.],
+                 [10., 20.]]])
     """
     dims = geometry.dimensions
+    if level is None:
+        level = best_level(len(x), x.shape[1], geometry, x.device.type)
     if not 0 <= level <= len(dims):
         raise ValueError(f"moment: level={level!r}; expected 0 to {len(dims)}, the dimensions.")
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    step = _data_at_once(x, geometry, level, WORKSPACE if workspace is None else workspace)
+    dtype = dtype or torch.promote_types(x.dtype, torch.float32)
     scheme = plan(dims[:level]) if level else None
     if not len(x) or (scheme is not None and not scheme.cells):
-        return _nothing(x.to(dtype), geometry)
-    total = None
-    for part in x.split(step):
+        size = x.shape[1] // geometry.groups * geometry.entries
+        return x.new_zeros(geometry.groups, size, size, dtype=dtype)
+    total: list[Tensor] = []
+    for part in x.split(_data_at_once(x, geometry, level, workspace)):
         part = geometry.padded(part.to(dtype))
         if scheme is None:
-            found = _whole(part, geometry)
+            found = [_whole(part, geometry)]
         else:
             found = _cells(layout(part, geometry, level), scheme)
-        total = found if total is None else total + found
-    return total if scheme is None else _assembled(total, geometry, level, scheme)
-
-
-def columns(channels: int, geometry: Geometry, level: int) -> int:
-    """Return the number of columns of products, ``(c k)`` with k of the dimensions that are unfolded."""
-    count = channels // geometry.groups
-    for d in geometry.dimensions[level:]:
-        count *= d.kernel
-    return count
+        total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
+    return total[0] if scheme is None else _assembled(total, geometry, level, scheme)
 
 
 def _data_at_once(x: Tensor, geometry: Geometry, level: int, workspace: int) -> int:
-    """Return the number of data that are laid out at once: in parts of about equal size."""
-    n, channels = x.shape[:2]
-    m, dims = columns(channels, geometry, level), geometry.dimensions
-    rows = max(1, prod(d.size for d in dims[:level]) * prod(d.out for d in dims[level:]))
+    """Return the number of data that are laid out at once."""
+    n, m, rows = len(x), columns(x.shape[1], geometry, level), rows_of(geometry, level)
     each = geometry.groups * rows * m
     # adding up results is to cost little beside the products: at least as many rows as columns
     most = max(1, workspace // each, -(-2 * m // rows))
-    return -(-n // -(-n // most)) if n else 1  # in parts of about equal size
+    return -(-n // -(-n // most))  # in parts of about equal size
 
 
 def _whole(x: Tensor, geometry: Geometry) -> Tensor:
     """Return the moment of level 0."""
-    n, channels = x.shape[:2]
     if geometry.entries == 1 and geometry.groups == 1 and _plain(geometry):
         pixels = x.flatten(2)
-        if pixels.shape[2] >= 2 * channels and pixels.stride(2) == 1:
+        if pixels.shape[2] >= 2 * x.shape[1] and pixels.stride(2) == 1:
             return torch.bmm(pixels, pixels.mT).sum(0, keepdim=True)  # without a copy
     (u,) = layout(x, geometry, 0).values()
-    return _product(u.flatten(1, -2), None)
+    return _product(u.flatten(2), None)
 
 
 def _plain(geometry: Geometry) -> bool:
@@ -111,83 +115,77 @@ def _plain(geometry: Geometry) -> bool:
     return all(d.stride == 1 and d.before == 0 and d.out == d.size for d in geometry.dimensions)
 
 
-def _nothing(x: Tensor, geometry: Geometry) -> Tensor:
-    size = x.shape[1] // geometry.groups * geometry.entries
-    return x.new_zeros(geometry.groups, size, size)
-
-
 def _product(a: Tensor, b: Tensor | None) -> Tensor:
-    """Return ``sum_r a[g,r,i] b[g,r,j]``, with b = a if None, on all cores."""
-    m = a.shape[2]
+    """Return ``sum_r a[g,i,r] b[g,j,r]``, with b = a if None, on all cores."""
+    g, m, r = a.shape
     if b is None and m > NARROW:
-        return symmetric_product(a.mT)
+        return symmetric_product(a)
     b = a if b is None else b
-    cores = torch.get_num_threads() if a.device.type == "cpu" and len(a) == 1 and m <= NARROW else 1
-    rows = a.shape[1] // cores * cores
-    if cores == 1 or rows < 64 * cores:
-        return a.mT @ b
-    shape = (cores, rows // cores, m)
-    found = (a[0, :rows].view(shape).mT @ b[0, :rows].view(shape)).sum(0, keepdim=True)
-    return found if rows == a.shape[1] else found.add_(a[:, rows:].mT @ b[:, rows:])
+    cores = torch.get_num_threads() if a.device.type == "cpu" and g == 1 and m <= NARROW else 1
+    if cores == 1 or r < 64 * cores:
+        return a @ b.mT
+    rest = r % cores
+    one, other = (t[0, :, : r - rest].unflatten(1, (cores, r // cores)).transpose(0, 1) for t in (a, b))
+    found = (one @ other.mT).sum(0, keepdim=True)
+    return found.add_(a[..., r - rest :] @ b[..., r - rest :].mT) if rest else found
 
 
-def _cells(phases: dict[tuple[int, ...], Tensor], scheme: Plan) -> Tensor:
-    """Return the products of all cells, ``[cells, g, m, m]``."""
+def _cells(phases: dict[tuple[int, ...], Tensor], scheme: Plan) -> list[Tensor]:
+    """Return the products of all cells, ``[g, m, m]`` each."""
     masked: dict[tuple, Tensor] = {}
-    found = [_cell(phases, cell, masked) for cell in scheme.cells]
-    return torch.stack(found)
+    return [_cell(phases, cell, masked) for cell in scheme.cells]
 
 
 def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, masked: dict[tuple, Tensor]) -> Tensor:
     """Return the product of one cell, ``[g, m, m]``."""
-    a, b = phases[cell.left], phases[cell.right]  # [g, J_1, n, J_2, ...]
+    a, b = phases[cell.left], phases[cell.right]  # [g, m, J_1, n, J_2, ...]
     (lo, *los), (hi, *his), (shift, *shifts) = cell.lo, cell.hi, cell.shift
-    inner = list(enumerate(zip(los, his, shifts, cell.open[1:], strict=True), 3))
-    if not all(opened or his - los >= WIDE * a.shape[axis] for axis, (los, his, _, opened) in inner):
-        one, other = a[:, lo:hi], b[:, lo + shift : hi + shift]
+    inner = list(enumerate(zip(los, his, shifts, cell.open[1:], strict=True), 4))
+    if not all(opened or end - start >= WIDE * a.shape[axis] for axis, (start, end, _, opened) in inner):
+        one, other = a[:, :, lo:hi], b[:, :, lo + shift : hi + shift]
         for axis, (start, end, move, _) in inner:
             one = one.narrow(axis, start, end - start)
             other = other.narrow(axis, start + move, end - start)
-        one = one.flatten(1, -2)
-        return _product(one, None if cell.symmetric else other.flatten(1, -2))
+        return _product(one.flatten(2), None if cell.symmetric else other.flatten(2))
     bounds = tuple(None if opened else (start, end) for _, (start, end, _, opened) in inner)
-    bounded = any(bounds)
-    if bounded:
+    if any(bounds):
         key = (cell.left, bounds)
         if key not in masked:
             masked[key] = _masked(a, bounds)
         a = masked[key]
     # All pairs at one distance in memory; where a shift leaves a row it meets the zeros behind it.
-    distance, stride = 0, prod(a.shape[2:-1])
-    first, last = lo * stride, hi * stride
-    for axis, (_, _, move, _) in inner:
-        distance += move * prod(a.shape[axis + 1 : -1])
-    distance += shift * stride
-    one, other = a.flatten(1, -2), b.flatten(1, -2)
-    first, last = max(first, -distance), min(last, other.shape[1] - distance)
-    one = one[:, first:last]
-    return _product(one, None if cell.symmetric and not bounded else other[:, first + distance : last + distance])
+    stride = prod(a.shape[3:])
+    distance = shift * stride + sum(move * prod(a.shape[axis + 1 :]) for axis, (_, _, move, _) in inner)
+    one, other = a.flatten(2), b.flatten(2)
+    first, last = max(lo * stride, -distance), min(hi * stride, other.shape[2] - distance)
+    one, other = one[..., first:last], other[..., first + distance : last + distance]
+    return _product(one, None if cell.symmetric and not any(bounds) else other)
 
 
 def _masked(a: Tensor, bounds: tuple[tuple[int, int] | None, ...]) -> Tensor:
-    """Return a copy with zeros outside of the bounds of axes 3 and up."""
+    """Return a copy with zeros outside of the bounds of axes 4 and up."""
     a = a.clone()
-    for axis, bound in enumerate(bounds, 3):
+    for axis, bound in enumerate(bounds, 4):
         if bound is not None:
             a.narrow(axis, 0, bound[0]).zero_()
             a.narrow(axis, bound[1], a.shape[axis] - bound[1]).zero_()
     return a
 
 
-def _assembled(total: Tensor, geometry: Geometry, level: int, scheme: Plan) -> Tensor:
-    """Add up the cells ``[cells, g, m, m]`` of each pair, and bring pairs into the order of A."""
-    _, g, m, _ = total.shape
+def _assembled(cells: list[Tensor], geometry: Geometry, level: int, scheme: Plan) -> Tensor:
+    """Add up the cells ``[g, m, m]`` of each pair, and bring pairs into the order of A."""
+    g, m, _ = cells[0].shape
     K = prod(d.kernel for d in geometry.dimensions[:level])
     k = prod(d.kernel for d in geometry.dimensions[level:])
     full = 2 * len(scheme.pairs) == K * (K + 1)
-    out = (total.new_empty if full else total.new_zeros)(g, m // k, K, k, m // k, K, k)
-    parts = (scheme.members.to(total) @ total.flatten(1)).view(-1, g, m // k, k, m // k, k)
-    for part, (one, other) in zip(parts, scheme.pairs, strict=True):
+    out = (cells[0].new_empty if full else cells[0].new_zeros)(g, m // k, K, k, m // k, K, k)
+    if g * m * m < LARGE:
+        sums = (scheme.members.to(cells[0]) @ torch.stack(cells).flatten(1)).unbind()
+    else:  # what is added up is not formed for all pairs at once
+        mine = (row.nonzero().flatten().tolist() for row in scheme.members)
+        sums = (reduce(torch.add, [cells[q] for q in row]) for row in mine)
+    for part, (one, other) in zip(sums, scheme.pairs, strict=True):
+        part = part.view(g, m // k, k, m // k, k)
         out[:, :, one, :, :, other] = part
         if one != other:
             out[:, :, other, :, :, one] = part.permute(0, 3, 4, 1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class Window:
 
     At the output pixels where both are inside of the input, k meets the entries
     :math:`i_j = \text{step} \; j + \text{left}` and k' meets
-    :math:`i'_j = \text{step} \; (j + \text{shift}) + \text{right}`, for lo <= j < hi. Pairs that agree in
-    left and shift run over the same products and differ in their bounds only.
+    :math:`i'_j = \text{step} \; (j + \text{shift}) + \text{right}`, for lo <= j < hi. Pairs that agree
+    in left and shift run over the same products and differ in their bounds only.
     """
 
     left: int
@@ -82,7 +82,7 @@ class Overlaps:
     def segments(self, w: Window) -> list[tuple[int, int]]:
         """Return the segments of a window."""
         cuts = sorted(c for c in self._cuts[w.left, w.shift] if w.lo <= c <= w.hi)
-        return list(zip(cuts[:-1], cuts[1:], strict=True))
+        return list(pairwise(cuts))
 
     def is_open(self, w: Window, lo: int, hi: int) -> bool:
         """Whether a segment has all pairs of input entries at the window's shift."""
@@ -127,8 +127,8 @@ class Plan:
     r"""The products that the moment of some leading dimensions consists of.
 
     With kernel entries k <= k' of these dimensions (row-major; the others follow by symmetry),
-    :math:`A_{kk'} = \sum_{\text{cells of } (k, k')} \sum_{i \in \text{cell}} x_i x_{i + \text{shift}}^T`.
-    Every cell is added, none subtracted: nothing cancels.
+    A_kk' is the sum of :math:`x_i x_{i + \text{shift}}^T` over all entries i of the pair's cells. Every
+    cell is added, none subtracted: nothing cancels.
 
     Args:
         cells: The different cells.
