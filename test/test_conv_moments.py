@@ -149,7 +149,7 @@ def test_levels_that_there_are_not(level: int):
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("size", [4, 20])
 def test_accuracy_in_float32_and_of_half_types(size: int, level: int):
-    """Within 4e-6 of sqrt(A_ii A_jj), unfolding (level 0) as the others; half types are summed in float32."""
+    """Within 4e-6 of sqrt(A_ii A_jj), also when unfolding; half types are summed in float32."""
     torch.manual_seed(0)
     x = torch.randn(16, 24, size, size).relu() + torch.rand(1)  # far from mean zero
     conv = nn.Conv2d(24, 1, 3, padding=1, bias=False)

@@ -4,10 +4,11 @@ The time of a level (see `backpack_ext.conv_factors.moments`), whose products ha
 to be
 
 .. math::  \frac{\text{multiply-adds}}{\text{rate} \; m / (m + h)}
-           + \text{copy} \; \text{entries laid out} + \text{write} \; \text{entries of } A
+           + \text{copy} \; \text{entries laid out or copied} + \text{write} \; \text{entries of } A
            + \text{call} \; (\text{products} + 2 \; \text{pairs})
 
-with multiply-adds of all products, of which symmetric ones of more than `NARROW` columns count 0.6.
+with multiply-adds of all products, of which symmetric ones of more than `NARROW` columns count 0.6;
+at level 0, where A is a product itself, half of the writing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Machine:
 
 # One core, float32, measured; with more cores everything but calls is faster by about the same factor.
 # The figures of GPUs are taken from data sheets, not measured.
-CPU = Machine(rate=45e9, half=25, copy=1.2e-9, write=3.5e-9, call=8e-6)
+CPU = Machine(rate=50e9, half=45, copy=1.2e-9, write=3.5e-9, call=8e-6)
 GPU = Machine(rate=10e12, half=128, copy=2e-11, write=1e-11, call=8e-6)
 
 
@@ -82,18 +83,26 @@ def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str =
     rate = machine.rate * m / (m + machine.half)
     if level == 0:
         products = g * rows * m * m * half / rate
-        return products + machine.copy * g * rows * m + 2 * machine.call
+        return products + machine.copy * g * rows * m + machine.write * g * size * size / 2
     kept = geometry.dimensions[:level]
     if _many(kept):
         return float("inf")
     scheme = plan(kept)
-    unfolded = n * prod(d.out for d in geometry.dimensions[level:])
-    work = 0.0
+    unfolded = g * n * prod(d.out for d in geometry.dimensions[level:])
+    inner = prod(overlaps(d).entries + overlaps(d).reach for d in kept[1:])
+    whole = overlaps(kept[0]).entries * inner
+    work, copied, masks = 0.0, 0, set()
     for cell in scheme.cells:
-        box = prod(hi - lo for lo, hi in zip(cell.lo, cell.hi, strict=True))
+        sides = [hi - lo for lo, hi in zip(cell.lo, cell.hi, strict=True)]
+        box = sides[0] * inner if cell.in_place else prod(sides)
         work += box * (half if cell.symmetric else 1.0)
-    products = g * unfolded * work * m * m / rate
-    copies = machine.copy * g * rows * m
+        if not cell.in_place:
+            copied += box if cell.symmetric else 2 * box
+        elif not all(cell.open[1:]):
+            masks.add((cell.left, cell.lo[1:], cell.hi[1:]))
+    phases = prod(overlaps(d).step for d in kept)
+    products = unfolded * work * m * m / rate
+    copies = machine.copy * unfolded * m * (copied + whole * (len(masks) + phases))
     calls = machine.call * (len(scheme.cells) + 2 * len(scheme.pairs))
     return products + copies + machine.write * g * size * size + calls
 

@@ -40,8 +40,6 @@ from curvature.panels import symmetric_product
 WORKSPACE = 2**22
 # From this many entries on, sums of cells are formed one after the other.
 LARGE = 2**18
-# From this share of a dimension on, a segment is multiplied in place, with zeros elsewhere.
-WIDE = 0.5
 
 
 def moment(
@@ -141,7 +139,7 @@ def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, masked: dict[tuple,
     a, b = phases[cell.left], phases[cell.right]  # [g, m, J_1, n, J_2, ...]
     (lo, *los), (hi, *his), (shift, *shifts) = cell.lo, cell.hi, cell.shift
     inner = list(enumerate(zip(los, his, shifts, cell.open[1:], strict=True), 4))
-    if not all(opened or end - start >= WIDE * a.shape[axis] for axis, (start, end, _, opened) in inner):
+    if not cell.in_place:
         one, other = a[:, :, lo:hi], b[:, :, lo + shift : hi + shift]
         for axis, (start, end, move, _) in inner:
             one = one.narrow(axis, start, end - start)

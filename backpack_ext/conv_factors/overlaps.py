@@ -12,6 +12,9 @@ from torch import Tensor
 
 from backpack_ext.conv_factors.geometry import Dimension
 
+# From this share of a dimension on, a segment is multiplied in place, with zeros elsewhere.
+WIDE = 0.5
+
 
 @dataclass(frozen=True)
 class Window:
@@ -106,7 +109,8 @@ class Cell:
     """A box of input entries, and the box that it is multiplied with, one entry per dimension.
 
     ``left`` to ``hi`` are those of `Window`; ``open`` says whether there are no further entries of both
-    phases at that shift, so that the bounds need not be kept.
+    phases at that shift, so that the bounds need not be kept. ``in_place`` says whether the box is most
+    of all dimensions but the first, so that it is multiplied where it lies.
     """
 
     left: tuple[int, ...]
@@ -115,6 +119,7 @@ class Cell:
     lo: tuple[int, ...]
     hi: tuple[int, ...]
     open: tuple[bool, ...]
+    in_place: bool
 
     @property
     def symmetric(self) -> bool:
@@ -163,9 +168,11 @@ def plan(dimensions: tuple[Dimension, ...]) -> Plan:
         pieces = product(*(o.segments(w) for o, w in zip(each, windows, strict=True)))
         mine = []
         for piece in pieces:
-            opened = (o.is_open(w, *p) for o, w, p in zip(each, windows, piece, strict=True))
+            opened = tuple(o.is_open(w, *p) for o, w, p in zip(each, windows, piece, strict=True))
             lo, hi = zip(*piece, strict=True)
-            cell = Cell(*fixed, lo, hi, tuple(opened))
+            inner = list(zip(opened, each, piece, strict=True))[1:]
+            in_place = all(free or b - a >= WIDE * o.entries for free, o, (a, b) in inner)
+            cell = Cell(*fixed, lo, hi, opened, in_place)
             mine.append(cells.setdefault(cell, len(cells)))
         pairs.append(tuple(sum(s * q for s, q in zip(strides, e, strict=True)) for e in (k, other)))
         members.append(mine)
