@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backpack_ext.conv_factors.choice import best_level
+from backpack_ext.conv_factors.choice import best_level, seconds
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.moments import moment
 from backpack_ext.normal import gram
@@ -63,9 +63,11 @@ METHODS = {"unfold": unfolded}
 
 
 def methods_of(case: Case, geometry: Geometry) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the ways by name: `METHODS`, and each level."""
+    """Return the ways by name: `METHODS`, and each level that is thought of."""
     found = {name: lambda x, method=method: method(x, case.module) for name, method in METHODS.items()}
     for level in range(len(geometry.dimensions) + 1):
+        if seconds(1, case.channels, geometry, level) == float("inf"):
+            continue
         found[f"level {level}"] = lambda x, level=level: moment(x, geometry, level)
     return found
 
