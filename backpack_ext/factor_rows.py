@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack_ext.normal import OneHot
+from backpack_ext.rules.base import InputMoment
 from backpack_ext.unit import Unit, stack_inputs
 
 APPROX = ("expand", "reduce")
@@ -60,8 +61,9 @@ class FactorRows:
 
     def is_one_hot(self, unit: Unit) -> bool:
         """Whether a layer's inputs are one-hot; nothing is formed that `inputs_of` does not need."""
-        averaged = self.approx == "reduce" and unit.mean_a is not None
-        return not averaged and isinstance(unit.a, OneHot)
+        if self.approx == "reduce":
+            return unit.mean_a is None and isinstance(unit.a, OneHot)
+        return unit.moment_size is None and isinstance(unit.a, OneHot)
 
     def inputs_of(self, units: Sequence[Unit]) -> Tensor:
         """Return the rows ``[(L g),r,i]`` of layers of equal shape that share no positions of others."""
@@ -71,6 +73,16 @@ class FactorRows:
         if len(units) == 1:
             return self.inputs(units[0].a, units[0])
         return self.inputs(stack_inputs(units))
+
+    def moments_of(self, units: Sequence[Unit], with_sum: bool) -> list[InputMoment] | None:
+        """Return sums over the rows of layers of equal shape, where rows are not needed; else None."""
+        found = []
+        for unit in units:
+            part = unit.input_moment(self.dtype, with_sum)
+            if part is None:
+                return None
+            found.append(part)
+        return found
 
     def vectors(self, b: Tensor, divisors: Tensor | None = None) -> Tensor:
         """Return the rows that B sums over, ``[g,r,o]``; ``divisors[n]`` turn sums into means."""

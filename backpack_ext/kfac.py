@@ -14,6 +14,7 @@ from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.factor_rows import APPROX, FactorRows
 from backpack_ext.groups import Groups
 from backpack_ext.normal import gram
+from backpack_ext.rules.base import InputMoment
 from backpack_ext.share import Part, Share
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_vectors
@@ -238,6 +239,9 @@ class KFAC(Extension):
         if len(units) == 1 and self.rows.is_one_hot(unit):
             A, rows = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             return [(A, None, rows, self.rows.normalize(unit))]
+        sums = self._sums(units)
+        if sums is not None:
+            return [(*self._of_sums(part), part.rows, self.rows.normalize(unit)) for part in sums]
         a = self.rows.inputs_of(units)
         rows, normalize = a.shape[1], self.rows.normalize(unit)
         if self._keeps_root(a, unit):
@@ -278,6 +282,25 @@ class KFAC(Extension):
             ones = self.rows.constants(a, unit)[:, None].expand(len(a), -1, 1)
             a = torch.cat([a, ones], dim=2)
         return Root(a * root), last
+
+    def _sums(self, units: list[Unit]) -> list[InputMoment] | None:
+        """Return sums of which A is the mean, layer by layer, where that needs no rows; else None."""
+        unit = units[0]
+        size = unit.moment_size if self.approx == "expand" else None
+        if size is None or not self._fits(size, "factor A", unit):
+            return None
+        if self.keep == "root" and (not unit.cotangents or unit.b.shape[2:4].numel() < size):
+            return None  # rows are what is kept
+        return self.rows.moments_of(units, self.joins(unit.parameters))
+
+    def _of_sums(self, sums: InputMoment) -> tuple[Tensor, Tensor | None]:
+        """Return A, and its last row if the bias is joined."""
+        rows = max(1, sums.rows)
+        A = self.rows.cast(sums.second.div_(rows))
+        if sums.first is None:
+            return A, None
+        mean = self.rows.cast(sums.first / rows)
+        return A, torch.cat([mean, mean.new_ones(len(mean), 1)], dim=1)
 
     def _divisors(self, layer: _Layer, unit: Unit) -> Tensor | None:
         """Return the number of positions per datum if B takes the mean over them; None otherwise.

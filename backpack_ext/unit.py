@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import CHUNK, OneHot, bias_per_sample, cat_inputs, per_sample
 from backpack_ext.once import Once
-from backpack_ext.rules.base import Rule
+from backpack_ext.rules.base import InputMoment, Rule
 from backpack_ext.site import Site
 from curvature import Axes
 
@@ -143,6 +143,30 @@ class Unit:
                 means = _with_group(means, 3).to(torch.promote_types(means.dtype, dtype))
                 self._mean_a = means.squeeze(2) if means.shape[2] == 1 else means.mean(2)
         return self._mean_a
+
+    @property
+    def moment_size(self) -> int | None:
+        """Number of input features where `input_moment` may be known; else None."""
+        return None if self._in_sharing else self.rule.moment_size(self.sites[0])
+
+    def input_moment(self, dtype: torch.dtype | None, with_sum: bool = False) -> InputMoment | None:
+        """Return sums over all rows of `a`, and over all calls, where `a` is not needed; else None.
+
+        Args:
+            dtype: Data type of the sums; that of `a` if None, and never a half type.
+            with_sum: Whether the sum of the rows is needed too.
+        """
+        if self._in_sharing:
+            return None
+        total, formed = None, self._a is not None
+        own = self.dtype if self.cotangents else self.sites[0].input().dtype
+        dtype = torch.promote_types(torch.promote_types(own, torch.float32), dtype or own)
+        for site in self.sites:
+            found = _rule(site, self.rule).input_moment(site, dtype, with_sum, formed)
+            if found is None:
+                return None
+            total = found if total is None else total + found
+        return total
 
     @property
     def _in_sharing(self) -> bool:

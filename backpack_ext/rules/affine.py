@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backpack_ext.conv_factors import Geometry, patch_means
+from backpack_ext.conv_factors.choice import product_is_faster
+from backpack_ext.conv_factors.moments import moment
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import Bags, OneHot
-from backpack_ext.rules.base import Rule, by_shape
+from backpack_ext.rules.base import InputMoment, Rule, by_shape
 from backpack_ext.rules.patches import patches, transposed_patches
 from backpack_ext.site import Site
 from curvature import Axes
@@ -96,6 +100,32 @@ class _SpatialRule(Rule):
             return None
         means = patch_means(x, Geometry.of(site.module, x.shape, site.out_shape))
         return self._pixels(site, means.unsqueeze(1), site.module.groups)
+
+    def moment_size(self, site: Site) -> int | None:
+        """Return the size of a patch, unless a subclass has inputs of its own."""
+        if type(self).inputs not in (ConvRule.inputs, ConvTransposeRule.inputs):
+            return None
+        return site.module.in_channels // site.module.groups * prod(site.module.kernel_size)
+
+    def input_moment(
+        self, site: Site, dtype: torch.dtype, with_sum: bool = False, formed: bool = False
+    ) -> InputMoment | None:
+        """Return the sums of patches and of their outer products, see `backpack_ext.conv_factors`."""
+        x = self._check(site)
+        geometry = Geometry.of(site.module, x.shape, site.out_shape)
+        if formed and product_is_faster(len(x), x.shape[1], geometry, x.device.type):
+            return None
+        # how the patches would be read as those of the data: each once, or by all data
+        n, s = site.rows(x.new_empty(1, 1, 1).expand(len(x), geometry.pixels, 1), 2).shape[:2]
+        copies = n * s // max(1, len(x))
+        second = moment(x, geometry, dtype=dtype)
+        first = None
+        if with_sum:
+            means = patch_means(x.sum(0, keepdim=True, dtype=dtype), geometry)  # of the sum of all
+            first = means.reshape(geometry.groups, -1) * geometry.pixels
+        if copies > 1:
+            second, first = second * copies, None if first is None else first * copies
+        return InputMoment(second, first, n * s * geometry.pixels)
 
     @by_shape
     def cotangents(self, site: Site, g: Tensor) -> Tensor:

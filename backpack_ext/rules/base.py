@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from curvature import BIAS, MATRIX, Axes
@@ -24,6 +26,26 @@ def by_shape(method: Callable) -> Callable:
 def bias_axes(groups: int) -> Axes:
     """Return how a bias forms matrices ``[g, o, 1]``."""
     return BIAS if groups == 1 else Axes("(g o) -> g o 1", (("g", groups),))
+
+
+@dataclass(frozen=True)
+class InputMoment:
+    """Sums over the rows (n, s) of a layer's inputs.
+
+    Args:
+        second: ``sum_ns a a^T``, ``[g,i,i]``.
+        first: ``sum_ns a``, ``[g,i]``; None if not asked for.
+        rows: Number of rows.
+    """
+
+    second: Tensor
+    first: Tensor | None
+    rows: int
+
+    def __add__(self, other: InputMoment) -> InputMoment:
+        """Return the sums over the rows of both."""
+        first = None if self.first is None else self.first + other.first
+        return InputMoment(self.second + other.second, first, self.rows + other.rows)
 
 
 class Rule(ABC):
@@ -107,6 +129,26 @@ class Rule(ABC):
 
         For rules whose `inputs` are much larger than the layer's own; None by default, which stands
         for those.
+        """
+        return None
+
+    def moment_size(self, site: Site) -> int | None:
+        """Return the number of input features i where `input_moment` is known; None by default."""
+        return None
+
+    def input_moment(
+        self, site: Site, dtype: torch.dtype, with_sum: bool = False, formed: bool = False
+    ) -> InputMoment | None:
+        """Return sums over all data and positions, for rules that need not form `inputs` for that.
+
+        Args:
+            site: The layer's call.
+            dtype: Data type of the sums, at least float32.
+            with_sum: Whether the sum of the inputs is needed too.
+            formed: Whether the inputs have been formed anyway.
+
+        Returns:
+            The sums; None, the default, if they are to be taken of the inputs.
         """
         return None
 

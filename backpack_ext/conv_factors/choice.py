@@ -1,0 +1,125 @@
+r"""In how many dimensions a convolution's moment makes use of overlaps: what is fastest.
+
+The time of a level (see `backpack_ext.conv_factors.moments`), whose products have m columns, is taken
+to be
+
+.. math::  \frac{\text{multiply-adds}}{\text{rate} \; m / (m + h)}
+           + \text{copy} \; \text{entries laid out or copied} + \text{write} \; \text{entries of } A
+           + \text{call} \; (\text{products} + 2 \; \text{pairs})
+
+with multiply-adds of all products, of which symmetric ones of more than `NARROW` columns count 0.6;
+at level 0, where A is a product itself, half of the writing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from backpack_ext.conv_factors.geometry import Geometry
+from backpack_ext.conv_factors.overlaps import overlaps, plan
+
+# Up to this many columns, products of many rows use one core only unless the rows are divided, and
+# half a product is not faster than a whole one.
+NARROW = 256
+# Share of a whole product's time that half of it takes.
+HALF = 0.6
+# Levels with more products than this are not thought of.
+PRODUCTS = 1500
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What takes how long.
+
+    Args:
+        rate: Multiply-adds per second of large products.
+        half: Number of columns with half of that rate, h.
+        copy: Seconds to lay out an entry.
+        write: Seconds to write an entry of A.
+        call: Seconds that a small operation takes at least.
+    """
+
+    rate: float
+    half: float
+    copy: float
+    write: float
+    call: float
+
+
+# One core, float32, measured; with more cores everything but calls is faster by about the same factor.
+# The figures of GPUs are taken from data sheets, not measured.
+CPU = Machine(rate=50e9, half=45, copy=1.2e-9, write=3.5e-9, call=8e-6)
+GPU = Machine(rate=10e12, half=128, copy=2e-11, write=1e-11, call=8e-6)
+
+
+def columns(channels: int, geometry: Geometry, level: int) -> int:
+    """Return the number of columns m of products, ``(c k)`` with k of the unfolded dimensions."""
+    return channels // geometry.groups * prod(d.kernel for d in geometry.dimensions[level:])
+
+
+def rows_of(geometry: Geometry, level: int) -> int:
+    """Return the number of rows that a datum is laid out in."""
+    dims = geometry.dimensions
+    return max(1, prod(d.size for d in dims[:level]) * prod(d.out for d in dims[level:]))
+
+
+@lru_cache(maxsize=4096)
+def best_level(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> int:
+    """Return the level that takes the shortest time on n images of so many channels."""
+    levels = range(len(geometry.dimensions) + 1)
+    if geometry.entries == 1:
+        return 0
+    return min(levels, key=lambda level: seconds(n, channels, geometry, level, device))
+
+
+def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str = "cpu") -> float:
+    """Return how long a level is expected to take; infinity if it has too many products."""
+    machine = CPU if device == "cpu" else GPU
+    g, m = geometry.groups, columns(channels, geometry, level)
+    size, rows = columns(channels, geometry, 0), n * rows_of(geometry, level)
+    half = HALF if m > NARROW else 1.0
+    rate = machine.rate * m / (m + machine.half)
+    if level == 0:
+        products = g * rows * m * m * half / rate
+        return products + machine.copy * g * rows * m + machine.write * g * size * size / 2
+    kept = geometry.dimensions[:level]
+    if _many(kept):
+        return float("inf")
+    scheme = plan(kept)
+    unfolded = g * n * prod(d.out for d in geometry.dimensions[level:])
+    inner = prod(overlaps(d).entries + overlaps(d).reach for d in kept[1:])
+    whole = overlaps(kept[0]).entries * inner
+    work, copied, masks = 0.0, 0, set()
+    for cell in scheme.cells:
+        sides = [hi - lo for lo, hi in zip(cell.lo, cell.hi, strict=True)]
+        box = sides[0] * inner if cell.in_place else prod(sides)
+        work += box * (half if cell.symmetric else 1.0)
+        if not cell.in_place:
+            copied += box if cell.symmetric else 2 * box
+        elif not all(cell.open[1:]):
+            masks.add((cell.left, cell.lo[1:], cell.hi[1:]))
+    phases = prod(overlaps(d).step for d in kept)
+    products = unfolded * work * m * m / rate
+    copies = machine.copy * unfolded * m * (copied + whole * (len(masks) + phases))
+    calls = machine.call * (len(scheme.cells) + 2 * len(scheme.pairs))
+    return products + copies + machine.write * g * size * size + calls
+
+
+def product_is_faster(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> bool:
+    """Whether one product of patches that are there already takes the shortest time."""
+    level = best_level(n, channels, geometry, device)
+    if level == 0:
+        return True
+    machine, m = CPU if device == "cpu" else GPU, columns(channels, geometry, 0)
+    copies = machine.copy * geometry.groups * n * rows_of(geometry, 0) * m
+    formed = seconds(n, channels, geometry, 0, device) - copies
+    return formed <= seconds(n, channels, geometry, level, device)
+
+
+def _many(kept: tuple) -> bool:
+    """Whether so many dimensions have too many products, or pairs, to be counted."""
+    pieces = prod(overlaps(d).pieces for d in kept)
+    pairs = prod(d.kernel for d in kept) ** 2
+    return pieces > 2 * PRODUCTS or pairs > 2 * PRODUCTS

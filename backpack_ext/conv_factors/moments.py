@@ -1,0 +1,190 @@
+r"""The second moment of a convolution's patches, of which KFAC-expand's input factor is the mean.
+
+.. math::  A_{(c k)(c' k')} = \sum_{no} u_{no, ck} u_{no, c'k'}, \qquad
+           u_{no, ck} = x[n, c, i(o, k)]
+
+with i(o, k) the input entry that kernel entry k meets at output pixel o. Two patches that overlap
+share products: along a dimension, all pairs (k, k') at one distance run over the same products
+x[i] x[i + distance], and differ at the borders only. A method is a number of dimensions in which that is
+made use of (its level), from the first on; the others are unfolded:
+
+===== ============================== ==================================================== ===========
+level name                           products                                             memory
+===== ============================== ==================================================== ===========
+0     unfolding                      one symmetric one of ``K C`` columns                 K times x
+1     half unfolding                 one of ``(K / k_1) C`` columns per distance          K / k_1 x
+D     Toeplitz                       one of C columns per distance in all dimensions      1 to 3 x
+===== ============================== ==================================================== ===========
+
+and few, small ones at the borders. Entries are only added, never subtracted, so that a level is as
+accurate as another. Strides split a dimension into phases that are treated as images of their own. In
+a transposed convolution a pair meets nothing unless k - k' is a multiple of the stride, so that the
+higher levels skip most pairs. Data are taken some at a time, such that what is formed stays small.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from math import prod
+
+import torch
+from torch import Tensor
+
+from backpack_ext.conv_factors.choice import NARROW, best_level, columns, rows_of
+from backpack_ext.conv_factors.geometry import Geometry
+from backpack_ext.conv_factors.layout import layout
+from backpack_ext.conv_factors.overlaps import Cell, Plan, plan
+from curvature.panels import symmetric_product
+
+# Entries that are laid out at once.
+WORKSPACE = 2**22
+# From this many entries on, sums of cells are formed one after the other.
+LARGE = 2**18
+
+
+def moment(
+    x: Tensor,
+    geometry: Geometry,
+    level: int | None = None,
+    dtype: torch.dtype | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
+    r"""Return :math:`\sum_{no} u_{no} u_{no}^T` as ``[g, (c k), (c k)]``, a sum over data and pixels.
+
+    Args:
+        x: Input ``[n, C, *I]`` of the convolution.
+        geometry: The convolution's geometry.
+        level: In how many dimensions overlaps are made use of, 0 to all; that of `best_level` if None.
+        dtype: Data type of products and sums; that of x but at least float32 by default.
+        workspace: Entries that are laid out at once, unless a datum has more.
+
+    Raises:
+        ValueError: If there are not so many dimensions.
+
+    Example:
+        >>> from torch import nn
+        >>> conv, x = nn.Conv1d(1, 1, 2, bias=False), torch.tensor([[[1.0, 2.0, 4.0]]])
+        >>> moment(x, Geometry.of(conv, x.shape, conv(x).shape))  # patches (1, 2) and (2, 4)
+        tensor([[[ 5., 10.],
+                 [10., 20.]]])
+    """
+    dims = geometry.dimensions
+    if level is None:
+        level = best_level(len(x), x.shape[1], geometry, x.device.type)
+    if not 0 <= level <= len(dims):
+        raise ValueError(f"moment: level={level!r}; expected 0 to {len(dims)}, the dimensions.")
+    dtype = dtype or torch.promote_types(x.dtype, torch.float32)
+    scheme = plan(dims[:level]) if level else None
+    if not len(x) or (scheme is not None and not scheme.cells):
+        size = x.shape[1] // geometry.groups * geometry.entries
+        return x.new_zeros(geometry.groups, size, size, dtype=dtype)
+    total: list[Tensor] = []
+    for part in x.split(_data_at_once(x, geometry, level, workspace)):
+        part = geometry.padded(part.to(dtype))
+        if scheme is None:
+            found = [_whole(part, geometry)]
+        else:
+            found = _cells(layout(part, geometry, level), scheme)
+        total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
+    return total[0] if scheme is None else _assembled(total, geometry, level, scheme)
+
+
+def _data_at_once(x: Tensor, geometry: Geometry, level: int, workspace: int) -> int:
+    """Return the number of data that are laid out at once."""
+    n, m, rows = len(x), columns(x.shape[1], geometry, level), rows_of(geometry, level)
+    each = geometry.groups * rows * m
+    # adding up results is to cost little beside the products: at least as many rows as columns
+    most = max(1, workspace // each, -(-2 * m // rows))
+    return -(-n // -(-n // most))  # in parts of about equal size
+
+
+def _whole(x: Tensor, geometry: Geometry) -> Tensor:
+    """Return the moment of level 0."""
+    if geometry.entries == 1 and geometry.groups == 1 and _plain(geometry):
+        pixels = x.flatten(2)
+        if pixels.shape[2] >= 2 * x.shape[1] and pixels.stride(2) == 1:
+            return torch.bmm(pixels, pixels.mT).sum(0, keepdim=True)  # without a copy
+    (u,) = layout(x, geometry, 0).values()
+    return _product(u.flatten(2), None)
+
+
+def _plain(geometry: Geometry) -> bool:
+    """Whether a kernel of one entry meets each input entry once."""
+    return all(d.stride == 1 and d.before == 0 and d.out == d.size for d in geometry.dimensions)
+
+
+def _product(a: Tensor, b: Tensor | None) -> Tensor:
+    """Return ``sum_r a[g,i,r] b[g,j,r]``, with b = a if None, on all cores."""
+    g, m, r = a.shape
+    if b is None and m > NARROW:
+        return symmetric_product(a)
+    b = a if b is None else b
+    cores = torch.get_num_threads() if a.device.type == "cpu" and g == 1 and m <= NARROW else 1
+    if cores == 1 or r < 64 * cores:
+        return a @ b.mT
+    rest = r % cores
+    one, other = (t[0, :, : r - rest].unflatten(1, (cores, r // cores)).transpose(0, 1) for t in (a, b))
+    found = (one @ other.mT).sum(0, keepdim=True)
+    return found.add_(a[..., r - rest :] @ b[..., r - rest :].mT) if rest else found
+
+
+def _cells(phases: dict[tuple[int, ...], Tensor], scheme: Plan) -> list[Tensor]:
+    """Return the products of all cells, ``[g, m, m]`` each."""
+    masked: dict[tuple, Tensor] = {}
+    return [_cell(phases, cell, masked) for cell in scheme.cells]
+
+
+def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, masked: dict[tuple, Tensor]) -> Tensor:
+    """Return the product of one cell, ``[g, m, m]``."""
+    a, b = phases[cell.left], phases[cell.right]  # [g, m, J_1, n, J_2, ...]
+    (lo, *los), (hi, *his), (shift, *shifts) = cell.lo, cell.hi, cell.shift
+    inner = list(enumerate(zip(los, his, shifts, cell.open[1:], strict=True), 4))
+    if not cell.in_place:
+        one, other = a[:, :, lo:hi], b[:, :, lo + shift : hi + shift]
+        for axis, (start, end, move, _) in inner:
+            one = one.narrow(axis, start, end - start)
+            other = other.narrow(axis, start + move, end - start)
+        return _product(one.flatten(2), None if cell.symmetric else other.flatten(2))
+    bounds = tuple(None if opened else (start, end) for _, (start, end, _, opened) in inner)
+    if any(bounds):
+        key = (cell.left, bounds)
+        if key not in masked:
+            masked[key] = _masked(a, bounds)
+        a = masked[key]
+    # All pairs at one distance in memory; where a shift leaves a row it meets the zeros behind it.
+    stride = prod(a.shape[3:])
+    distance = shift * stride + sum(move * prod(a.shape[axis + 1 :]) for axis, (_, _, move, _) in inner)
+    one, other = a.flatten(2), b.flatten(2)
+    first, last = max(lo * stride, -distance), min(hi * stride, other.shape[2] - distance)
+    one, other = one[..., first:last], other[..., first + distance : last + distance]
+    return _product(one, None if cell.symmetric and not any(bounds) else other)
+
+
+def _masked(a: Tensor, bounds: tuple[tuple[int, int] | None, ...]) -> Tensor:
+    """Return a copy with zeros outside of the bounds of axes 4 and up."""
+    a = a.clone()
+    for axis, bound in enumerate(bounds, 4):
+        if bound is not None:
+            a.narrow(axis, 0, bound[0]).zero_()
+            a.narrow(axis, bound[1], a.shape[axis] - bound[1]).zero_()
+    return a
+
+
+def _assembled(cells: list[Tensor], geometry: Geometry, level: int, scheme: Plan) -> Tensor:
+    """Add up the cells ``[g, m, m]`` of each pair, and bring pairs into the order of A."""
+    g, m, _ = cells[0].shape
+    K = prod(d.kernel for d in geometry.dimensions[:level])
+    k = prod(d.kernel for d in geometry.dimensions[level:])
+    full = 2 * len(scheme.pairs) == K * (K + 1)
+    out = (cells[0].new_empty if full else cells[0].new_zeros)(g, m // k, K, k, m // k, K, k)
+    if g * m * m < LARGE:
+        sums = (scheme.members.to(cells[0]) @ torch.stack(cells).flatten(1)).unbind()
+    else:  # what is added up is not formed for all pairs at once
+        mine = (row.nonzero().flatten().tolist() for row in scheme.members)
+        sums = (reduce(torch.add, [cells[q] for q in row]) for row in mine)
+    for part, (one, other) in zip(sums, scheme.pairs, strict=True):
+        part = part.view(g, m // k, k, m // k, k)
+        out[:, :, one, :, :, other] = part
+        if one != other:
+            out[:, :, other, :, :, one] = part.permute(0, 3, 4, 1, 2)
+    return out.view(g, m * K, m * K)
