@@ -338,13 +338,13 @@ def test_grad_scaler(unscale, known):
 
 @pytest.mark.parametrize("count", [1, 16, 300, 2000])
 def test_rounding_of_single_precision_is_accepted(count):
-    """Also of gradients that nearly cancel; changes are found that rounding does not explain."""
+    """Also with inputs far from zero, and of gradients that nearly cancel."""
     with single():
         torch.manual_seed(0)
-        net = extend(nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 60)))
+        net = extend(nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 60)))
         loss_fn, opt = extend(nn.MSELoss()), SINGD(net, lr=1e-3, interval=3, precondition="rows")
         for k in range(8):
-            x, y = torch.randn(count, 100) + k, torch.randn(count, 60)
+            x, y = torch.randn(count, 300) + k, torch.randn(count, 60)
             opt.zero_grad()
             with backpack(*opt.extensions()):
                 loss_fn(net(x), net(x).detach() + 1e-4 * y).backward()
