@@ -154,12 +154,9 @@ class ConvRule(_SpatialRule):
         return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
 
     def _patches(self, m: nn.Module, x: Tensor) -> Tensor:
-        if m.padding_mode != "zeros":
-            x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
-        elif m.padding == "same":
-            x = F.pad(x, m._reversed_padding_repeated_twice)
-        elif m.padding != "valid" and any(m.padding):
-            x = F.pad(x, [p for p in reversed(m.padding) for _ in range(2)])
+        widths = m._reversed_padding_repeated_twice  # of "same" and "valid" too
+        if any(widths):
+            x = F.pad(x, widths, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
         return patches(x, m.kernel_size, m.stride, m.dilation)
 
     def weight_axes(self, module: nn.Module) -> Axes:
