@@ -143,3 +143,13 @@ class FactorRows:
         if unit.existing is None:
             return ones * s
         return ones if unit.normalize == "sum" else unit.existing.sum(1).clamp(min=1)
+
+
+def append_row(A: Tensor, last: Tensor) -> Tensor:
+    """Append a bias's row ``last[g,i+1]``, and its column, to ``A[g,i,i]``, or to a diagonal."""
+    if A.dim() == 2:
+        return torch.cat([A, last[:, -1:]], dim=1)
+    g, d, _ = A.shape
+    joined = A.new_empty(g, d + 1, d + 1)
+    joined[:, :-1, :-1], joined[:, :-1, -1], joined[:, -1] = A, last[:, :-1], last
+    return joined

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backpack_ext.elementwise_block import ElementwiseLayer
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
-from backpack_ext.factor_rows import APPROX, FactorRows
+from backpack_ext.factor_rows import APPROX, FactorRows, append_row
 from backpack_ext.groups import Groups
 from backpack_ext.normal import gram
 from backpack_ext.rules.base import InputMoment
@@ -241,7 +241,8 @@ class KFAC(Extension):
             return [(A, None, rows, self.rows.normalize(unit))]
         sums = self._sums(units)
         if sums is not None:
-            return [(*self._of_sums(part), part.rows, self.rows.normalize(unit)) for part in sums]
+            means = [tuple(t if t is None else self.rows.cast(t) for t in part.means()) for part in sums]
+            return [(*m, part.rows, None) for m, part in zip(means, sums, strict=True)]
         a = self.rows.inputs_of(units)
         rows, normalize = a.shape[1], self.rows.normalize(unit)
         if self._keeps_root(a, unit):
@@ -292,15 +293,6 @@ class KFAC(Extension):
         if self.keep == "root" and (not unit.cotangents or unit.b.shape[2:4].numel() < size):
             return None  # rows are what is kept
         return self.rows.moments_of(units, self.joins(unit.parameters))
-
-    def _of_sums(self, sums: InputMoment) -> tuple[Tensor, Tensor | None]:
-        """Return A, and its last row if the bias is joined."""
-        rows = max(1, sums.rows)
-        A = self.rows.cast(sums.second.div_(rows))
-        if sums.first is None:
-            return A, None
-        mean = self.rows.cast(sums.first / rows)
-        return A, torch.cat([mean, mean.new_ones(len(mean), 1)], dim=1)
 
     def _divisors(self, layer: _Layer, unit: Unit) -> Tensor | None:
         """Return the number of positions per datum if B takes the mean over them; None otherwise.
@@ -394,7 +386,7 @@ class KFAC(Extension):
         if weight is not None:
             joint = self.joins(parameters)
             if joint and not isinstance(A, Root):
-                A = _append_row(A, layer.last)
+                A = append_row(A, layer.last)
             A = A if groups > 1 else A[0]
             axes = MATRIX if "weight" in layer.parts else layer.axes
             block = Kronecker(B, A, axes, groups, joint, layer.rows)
@@ -589,16 +581,6 @@ def _sum(one: Block, other: Block, parameter: nn.Parameter) -> Block:
 
 def _terms(block: Kronecker | KroneckerSum) -> tuple[Kronecker, ...]:
     return block.terms if isinstance(block, KroneckerSum) else (block,)
-
-
-def _append_row(A: Tensor, last: Tensor) -> Tensor:
-    """Append a bias's row ``last[g,i+1]``, and its column, to ``A[g,i,i]``, or to a diagonal."""
-    if A.dim() == 2:
-        return torch.cat([A, last[:, -1:]], dim=1)
-    g, d, _ = A.shape
-    joined = A.new_empty(g, d + 1, d + 1)
-    joined[:, :-1, :-1], joined[:, :-1, -1], joined[:, -1] = A, last[:, :-1], last
-    return joined
 
 
 def _without_row(A: Tensor | Root, last: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, whole
 from optim.structure import DIAGONAL, Structure
-from optim.updates import projected_moment
+from optim.updates import projected_matrix, projected_moment
 
 INVERSES = ("pi", "exact")
 
@@ -147,6 +147,11 @@ class KFAC(NaturalGradient):
         self, M: StructuredMatrix | None, x: Tensor, scale: float, structure: Structure
     ) -> StructuredMatrix:
         return projected_moment(None, x, scale, structure)  # P keeps symmetric structures as they are
+
+    def _project_formed(
+        self, M: StructuredMatrix | None, A: Tensor, structure: Structure
+    ) -> StructuredMatrix:
+        return projected_matrix(None, A, structure)
 
     def _refresh(
         self,

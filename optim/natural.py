@@ -213,6 +213,12 @@ class NaturalGradient(CurvatureOptimizer):
         return True
 
     @abstractmethod
+    def _project_formed(
+        self, M: StructuredMatrix | None, A: Tensor, structure: Structure
+    ) -> StructuredMatrix:
+        """Return what to keep of a moment ``A[g,d,d]``, or of some layers' of one shape."""
+
+    @abstractmethod
     def _project(
         self, M: StructuredMatrix | None, x: Tensor, scale: float, structure: Structure
     ) -> StructuredMatrix:
@@ -615,6 +621,22 @@ class NaturalGradient(CurvatureOptimizer):
         M = None if M is None else M.like(t.squeeze(0) for t in M.tensors)
         found = self._project(M, x[0], scale, structure)
         return found.like(t.unsqueeze(0) for t in found.tensors)
+
+    def formed_moment(self, layer: Layer, factor: str, A: Tensor, part: int | None) -> StructuredMatrix:
+        """Return what to keep of a moment ``A[g,d,d]`` that has been formed; see `Statistics`."""
+        M, structure, dtype = self._coordinate(layer, factor)
+        if M is not None:
+            tensors = M.tensors if part is None else [t[part : part + 1] for t in M.tensors]
+            M = M.like(t.to(dtype) for t in tensors)
+        return self._project_formed(M, A.to(dtype), structure)
+
+    def forms_moment(self, layer: Layer, factor: str, rows: int) -> bool:
+        """Whether forming a moment of so many rows, and projecting it, is less work than theirs.
+
+        That is if they can be summed faster than listed, as patches of convolutions can.
+        """
+        _, structure, _ = self._coordinate(layer, factor)
+        return structure.cls is not DiagonalMatrix and rows >= 2 * layer.form.columns
 
     def moments(
         self, layers: Sequence[Layer], factor: str, x: Tensor, scale: float

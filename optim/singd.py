@@ -18,7 +18,7 @@ from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_number
 from optim.structure import Structure
-from optim.updates import ikfac, projected_moment, singd
+from optim.updates import ikfac, projected_matrix, projected_moment, singd
 
 LrCov = float | Callable[[int], float]
 
@@ -44,6 +44,11 @@ class InverseFree(NaturalGradient):
         self, M: StructuredMatrix | None, x: Tensor, scale: float, structure: Structure
     ) -> StructuredMatrix:
         return projected_moment(M, x, scale, structure)
+
+    def _project_formed(
+        self, M: StructuredMatrix | None, A: Tensor, structure: Structure
+    ) -> StructuredMatrix:
+        return projected_matrix(M, A, structure)
 
     def _lr_cov_of(self, group: dict) -> float:
         """Return the step size of K and C at this refresh.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from backpack_ext import Extension, UnsupportedError
 from backpack_ext.extension import Vectors, check_samples
-from backpack_ext.factor_rows import APPROX, FactorRows
+from backpack_ext.factor_rows import APPROX, FactorRows, append_row
+from backpack_ext.rules.base import InputMoment
 from backpack_ext.unit import Unit, stack_vectors
 from curvature import StructuredMatrix
 from optim.layers import Layer, Layers
@@ -101,8 +102,11 @@ class _Call:
 class Statistics(Extension):
     r"""Gathers :math:`A` and :math:`B` of layers, as an optimizer wants them.
 
-    A and B are those of `backpack_ext.KFAC`, but never formed: a layer's rows go to the optimizer's
-    ``moment`` at once, which projects them, :math:`P(K^T A K)` for example, and they are forgotten.
+    A and B are those of `backpack_ext.KFAC`, but hardly ever formed: a layer's rows go to the
+    optimizer's ``moment`` at once, which projects them, :math:`P(K^T A K)` for example, and they are
+    forgotten. Where A can be summed with less work than its rows can be listed (KFAC-expand of
+    convolutions), it goes to ``formed_moment(layer, factor, A, part)``, if
+    ``forms_moment(layer, factor, rows)`` says so.
     Nothing is left on the parameters. What several backward passes bring adds up until `take` or
     `forget` is called.
 
@@ -228,10 +232,12 @@ class Statistics(Extension):
                 call.moments.add_A(A, x.shape[1])
 
     def _stackable(self, calls: list[_Call], units: list[Unit]) -> bool:
+        unit = units[0]
         layers = [call.moments.layer for call in calls]
         return (
             len({id(layer) for layer in layers}) == len(layers)
             and not any(u.sites[0].parts or self.rows.is_one_hot(u) for u in units)
+            and not (self.rows.approx == "expand" and unit.moment_size is not None)
             and all(u.existing is None for u in units)
             and self.source.stackable(layers)
         )
@@ -261,8 +267,23 @@ class Statistics(Extension):
             x, count = self.rows.one_hot_moment(unit, self.rows.dtype_of(unit.module.weight))
             call.moments.add_A(self._moment(call, "A", x, 1.0), count)
             return
+        sums = self._sums(layer, unit)
+        if sums is not None:
+            A, last = sums.means()
+            A = A if last is None else append_row(A, last)
+            call.moments.add_A(self.source.formed_moment(layer, "A", A, call.part), sums.rows)
+            return
         x = self._joined(layer, self.rows.inputs_of([unit]), unit)
         call.moments.add_A(self._moment(call, "A", x, 1 / max(1, x.shape[1])), x.shape[1])
+
+    def _sums(self, layer: Layer, unit: Unit) -> InputMoment | None:
+        """Return sums over a layer's rows where that is less work than to list them."""
+        if self.rows.approx != "expand" or unit.moment_size is None:
+            return None
+        rows = sum(s.out_shape.numel() for s in unit.sites) // (layer.form.rows * layer.form.groups)
+        if not self.source.forms_moment(layer, "A", rows):
+            return None
+        return unit.input_moment(self.rows.dtype, with_sum=layer.bias is not None)
 
     def _joined(self, layer: Layer, a: Tensor, unit: Unit) -> Tensor:
         """Append the inputs of a joined bias to rows ``a[g,r,i]``."""

@@ -32,6 +32,19 @@ def projected_moment(
     return structure.cls.project_gram(S.mT, scale, **dict(structure.options))
 
 
+def projected_matrix(K: StructuredMatrix | None, A: Tensor, structure: Structure) -> StructuredMatrix:
+    r"""Return :math:`P(K^T A K)` of a symmetric matrix that has been formed.
+
+    Args:
+        K: ``[g,d,d]``, or ``[d,d]``; None for the identity.
+        A: Shaped alike.
+        structure: What P keeps.
+    """
+    if K is not None:
+        A = K.rmatmul(K.rmatmul(A).mT)
+    return structure.cls.project(A, **dict(structure.options))
+
+
 def singd(
     K: Structured,
     C: StructuredMatrix,

@@ -47,6 +47,14 @@ class InputMoment:
         first = None if self.first is None else self.first + other.first
         return InputMoment(self.second + other.second, first, self.rows + other.rows)
 
+    def means(self) -> tuple[Tensor, Tensor | None]:
+        """Return A, and its last row ``[g,i+1]`` if a bias, whose inputs are ones, is joined."""
+        rows = max(1, self.rows)
+        A = self.second / rows
+        if self.first is None:
+            return A, None
+        return A, torch.cat([self.first / rows, A.new_ones(len(A), 1)], dim=1)
+
 
 class Rule(ABC):
     r"""Brings a layer that is affine in its parameters to the normal form.
