@@ -61,6 +61,8 @@ class FactorRows:
 
     def is_one_hot(self, unit: Unit) -> bool:
         """Whether a layer's inputs are one-hot; nothing is formed that `inputs_of` does not need."""
+        if "weight" not in unit.parameters:  # a bias's inputs are ones, and not kept
+            return False
         if self.approx == "reduce":
             return unit.mean_a is None and isinstance(unit.a, OneHot)
         return unit.moment_size is None and isinstance(unit.a, OneHot)

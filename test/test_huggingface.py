@@ -241,12 +241,13 @@ def reference_blocks(name: str) -> dict[str, Tensor]:
 
 
 def same_results(one: nn.Module, other: nn.Module, tolerance: float = 1e-10) -> None:
-    """Compare all quantities of two models."""
+    """Compare all quantities of two models; what is zero but for rounding (keys' biases) is noise."""
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
-        for field in ("grad", "grad_batch", "diag_ggn_exact"):
-            close(getattr(p, field), getattr(q, field), tolerance)
-        for field in FIELDS.values():
-            close(getattr(p, field).to_dense(), getattr(q, field).to_dense(), tolerance)
+        found = [(getattr(p, f), getattr(q, f)) for f in ("grad", "grad_batch", "diag_ggn_exact")]
+        blocks = ((getattr(p, f).to_dense(), getattr(q, f).to_dense()) for f in FIELDS.values())
+        for x, y in (*found, *blocks):
+            if max(x.abs().max(), y.abs().max()) > 1e-25:
+                close(x, y, tolerance)
 
 
 # -- all quantities of all models ------------------------------------------------------------------

@@ -42,10 +42,6 @@ README = Path(__file__).parent.parent / "README.rst"
 ALL = tuple(QUANTITIES)
 DIAGONALS = ("HesScale", "BL89")
 LAYERS = tuple(q for q in ALL if q not in DIAGONALS)
-BY_GRADIENT = (
-    *("BatchGrad", "BatchL2Grad", "BatchDotGrad", "SumGradSquared", "Variance"),
-    *("KFAC expand empirical", "KFAC reduce empirical", "LowRankGGN"),
-)
 
 COMPILED = "backend aot_eager"
 DONATED = "``torch.compile``, backend aot_eager, dynamic shapes, donated buffers"
@@ -68,7 +64,6 @@ REFUSED: list[tuple[str, tuple[str, ...], tuple[str, ...], str]] = [
     ("with computed tensors", LAYERS, tuple(NETWORKS), r"^RecordingError: .*Pass nn\.Parameter"),
     ("backward outside of", ALL, tuple(NETWORKS), r"^UserWarning: .*call backward\(\) inside the block"),
     ("step between forward", ALL, tuple(NETWORKS), "^RuntimeError: .*modified by an inplace operation"),
-    ("inside of the backward", BY_GRADIENT, ("ViT",), "^RecordingError: stem.pos .*modified in place"),
 ]
 INSTEAD = {("accumulation", "BatchDotGrad"): "``collect``", ("accumulation", "Variance"): "``collect``"}
 
