@@ -108,13 +108,43 @@ class Geometry:
             module: The convolution.
             in_shape: Shape of its input, ``[R, C, *I]``.
             out_shape: Shape of its output.
+
+        Raises:
+            ValueError: If the module's numbers do not lead from the one to the other: its forward is
+                another one, or its attributes have changed since.
         """
         m, sizes, outs = module, tuple(in_shape[2:]), tuple(out_shape[2:])
+        dims = len(m.kernel_size)
+        stride, dilation = spread(m.stride, dims), spread(m.dilation, dims)
         if m.transposed:
-            return _transposed(sizes, outs, m.kernel_size, m.stride, m.padding, m.dilation, m.groups)
-        widths = tuple(m._reversed_padding_repeated_twice)  # also of "same" and "valid"
+            padding = spread(m.padding, dims)
+            return _transposed(sizes, outs, m.kernel_size, stride, padding, dilation, m.groups)
         mode = None if m.padding_mode == "zeros" else m.padding_mode
-        return _convolution(sizes, outs, m.kernel_size, m.stride, m.dilation, m.groups, mode, widths)
+        return _convolution(
+            sizes, outs, m.kernel_size, stride, dilation, m.groups, mode, padding_widths(m)
+        )
+
+
+def spread(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """Return a number for each dimension, as torch reads a module's attributes."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)
+
+
+def padding_widths(module: nn.Module) -> tuple[int, ...]:
+    """Return what a convolution adds around its input, in the order of ``torch.nn.functional.pad``.
+
+    As its forward does it: zeros by what ``padding`` says now, anything else by what it said when the
+    module was made.
+    """
+    m, dims = module, len(module.kernel_size)
+    if m.padding_mode != "zeros":
+        return tuple(m._reversed_padding_repeated_twice)
+    if m.padding == "valid":
+        return (0,) * (2 * dims)
+    if m.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(spread(m.dilation, dims), m.kernel_size, strict=True)]
+        return tuple(n for total in reversed(totals) for n in (total // 2, total - total // 2))
+    return tuple(p for p in reversed(spread(m.padding, dims)) for _ in range(2))
 
 
 @lru_cache(maxsize=1024)
@@ -126,10 +156,27 @@ def _convolution(sizes, outs, kernel, stride, dilation, groups, mode, widths) ->
         before = (0,) * len(sizes)
     each = zip(sizes, outs, kernel, stride, dilation, before, strict=True)
     dimensions = tuple(Dimension(*values) for values in each)
+    pads = (0,) * len(widths) if mode is not None else widths
+    around = (b + a for b, a in zip(pads[-2::-2], pads[::-2], strict=True))
+    for d, pad in zip(dimensions, around, strict=True):
+        _check(d, (d.size + pad - d.dilation * (d.kernel - 1) - 1) // d.stride + 1, 0)
     return Geometry(dimensions, groups, mode, () if mode is None else widths)
 
 
 @lru_cache(maxsize=1024)
 def _transposed(sizes, outs, kernel, stride, padding, dilation, groups) -> Geometry:
     each = zip(sizes, outs, kernel, stride, dilation, padding, strict=True)
-    return Geometry(tuple(Dimension(*values, transposed=True) for values in each), groups)
+    dimensions = tuple(Dimension(*values, transposed=True) for values in each)
+    for d in dimensions:  # the output padding may be the call's own (`output_size`)
+        least = (d.size - 1) * d.stride - 2 * d.before + d.dilation * (d.kernel - 1) + 1
+        _check(d, least, max(d.stride, d.dilation) - 1)
+    return Geometry(dimensions, groups)
+
+
+def _check(d: Dimension, out: int, more: int) -> None:
+    """Raise unless a dimension has ``out`` output pixels, or up to ``more`` beyond."""
+    if not out <= d.out <= out + more:
+        raise ValueError(
+            f"{d.size} input entries and a kernel of {d.kernel} with stride {d.stride} and dilation "
+            f"{d.dilation} make {out} pixels, not {d.out}"
+        )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from backpack_ext.conv_factors import Geometry, patch_means
 from backpack_ext.conv_factors.choice import product_is_faster
+from backpack_ext.conv_factors.geometry import padding_widths
 from backpack_ext.conv_factors.moments import moment
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import Bags, OneHot
@@ -78,6 +79,16 @@ class _SpatialRule(Rule):
     def groups(self, module: nn.Module) -> int:
         """Return the convolution's groups."""
         return module.groups
+
+    def misfit(self, module: nn.Module, x: Tensor, output: Tensor) -> str | None:
+        """Return how the sizes of input and output differ from what the module's numbers say."""
+        if x.dim() != self.dims + 2 or output.dim() != x.dim():
+            return None  # no batch axis: said when it is needed
+        try:
+            Geometry.of(module, x.shape, output.shape)
+        except ValueError as error:
+            return f"its output is not that of its own numbers: {error}"
+        return None
 
     def _pixels(self, site: Site, t: Tensor, groups: int) -> Tensor:
         """Bring patches ``[R, pixels, c, k]`` to ``[g, n, s, (c/g k)]``."""
@@ -154,7 +165,7 @@ class ConvRule(_SpatialRule):
         return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
 
     def _patches(self, m: nn.Module, x: Tensor) -> Tensor:
-        widths = m._reversed_padding_repeated_twice  # of "same" and "valid" too
+        widths = padding_widths(m)
         if any(widths):
             x = F.pad(x, widths, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
         return patches(x, m.kernel_size, m.stride, m.dilation)
