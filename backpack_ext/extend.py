@@ -303,7 +303,7 @@ class SiteHook(Hook):
         read = None
         other = x.dtype != output.dtype or not x.is_contiguous()
         if other and rule is not None and not hooked and "weight" in parameters:
-            read = input_as_read(x, output, parameters["weight"])
+            read = input_as_read(module, x, output, parameters["weight"])
         batch = None if running is None else running.batch
         if batch is None:
             rows = output if lists else x

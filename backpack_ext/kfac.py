@@ -228,7 +228,7 @@ class KFAC(Extension):
         Vectors play no part in it: what another extension of the pass has formed serves this one.
         """
         known = units[0].inputs_known
-        if known is None:
+        if known is None or type(self) is not KFAC:  # a subclass may form something else
             return self._new_A(units)
         dtype = units[0].dtype if units[0].cotangents else None
         keys = [(frozenset(u.sites), u.rule, dtype, *self._kind(u)) for u in units]
@@ -260,7 +260,7 @@ class KFAC(Extension):
             b = self.rows.vectors(unit.b if len(units) == 1 else stack_vectors(units), divisors)
             return (self._second_moment(b, unit, "B", self.b_factor(unit)),)
 
-        if unit.vectors_known is None or divisors is not None:
+        if unit.vectors_known is None or divisors is not None or type(self) is not KFAC:
             return form()[0]
         calls = tuple(frozenset(u.sites) for u in units)
         return unit.vectors_known(("B", calls, self.b_factor(unit), *self._kind(unit)), form)[0]
@@ -268,7 +268,7 @@ class KFAC(Extension):
     def _kind(self, unit: Unit) -> tuple:
         """Return what tells factors of the same rows apart."""
         joint = self.joins(unit.parameters)
-        return type(self), self.rows, self.max_dim, self.oversize, self.keep, joint
+        return self.rows, self.max_dim, self.oversize, self.keep, joint
 
     def _keeps_root(self, a: Tensor, unit: Unit) -> bool:
         """Whether A is kept as its rows ``a[g,r,i]``."""

@@ -85,8 +85,9 @@ class LossCall:
         if self.rule is None:
             known = ", ".join(cls.__name__ for cls in LOSSES)
             raise UnsupportedError(
-                f"{self.label} has no rule for its Hessian; losses with one: {known}. For another "
-                "loss, tie its value to one of these with backpack_ext.attach_loss."
+                f"{self.label} has no rule for its Hessian; losses with one: {known}, and subclasses "
+                "with the same forward. For another loss, tie its value to one of these with "
+                "backpack_ext.attach_loss."
             )
         if self.module.reduction not in ("mean", "sum"):
             raise ValueError(

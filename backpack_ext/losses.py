@@ -438,8 +438,12 @@ LOSSES: dict[type[nn.Module], LossRule] = {
 
 @cache
 def loss_rule(cls: type[nn.Module]) -> LossRule | None:
-    """Return the rule of a loss module's class, looked up along its MRO."""
-    return next((LOSSES[c] for c in cls.__mro__ if c in LOSSES), None)
+    """Return the rule of a loss module's class, looked up along its MRO.
+
+    None for a class with a forward of its own: it may compute anything.
+    """
+    known = next((c for c in cls.__mro__ if c in LOSSES), None)
+    return LOSSES[known] if known is not None and cls.forward is known.forward else None
 
 
 def _broadcast(module: nn.Module, z: Tensor, y: Tensor) -> UnsupportedError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backpack_ext.own_pass import in_a_pass_of_its_own
 
@@ -37,16 +37,24 @@ _READERS = {
 }
 
 
-def input_as_read(x: Tensor, output: Tensor, weight: Tensor) -> Tensor | None:
+# Layers whose input is so found: torch's own, whose forward does nothing else to it. What a subclass
+# multiplies may be something else than its input, which the check of layers is to see.
+_READING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def input_as_read(module: nn.Module, x: Tensor, output: Tensor, weight: Tensor) -> Tensor | None:
     """Return what a layer's input was cast or copied to, if autograd keeps it; None if it is not found.
 
     It is what the weight was multiplied with. Autograd does not keep the input itself then.
 
     Args:
-        x: The layer's input, of another data type than its output, or not contiguous.
+        module: The layer.
+        x: Its input, of another data type than its output, or not contiguous.
         output: Its output.
         weight: Its weight, a leaf.
     """
+    if type(module) not in _READING or "forward" in module.__dict__:
+        return None
     node = output.grad_fn
     for _ in range(3):  # reshapes, and the addition of a bias
         if node is None or node.name() in _READERS:

@@ -57,6 +57,7 @@ class Site:
         output_nr: Which output of the tagged node is the layer's (that of its base, if a view).
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
+        mode: Whether a module that is not torch's own was in training mode; None for torch's.
         depends_on_parameters: Whether an input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
         checks: How many checks each reading of this layer's rows still needs, see `reading`; and
@@ -82,6 +83,7 @@ class Site:
         "in_dtype",
         "in_shape",
         "keeps_input",
+        "mode",
         "module",
         "name",
         "note",
@@ -126,6 +128,9 @@ class Site:
         self.out_shape, self.output_nr = output.shape, 0
         self.error: str | None = None
         self.broadcast = False
+        # a subclass may do something else when it is trained
+        own = type(module).__module__.startswith("torch.nn.modules")
+        self.mode = None if own else module.training
         self.checks = checks
         self.parts = parts
         self.sharing: sharing | None = None
@@ -144,10 +149,10 @@ class Site:
         return f"{self.name or '(root)'} ({type(self.module).__name__})"
 
     @property
-    def reading(self) -> tuple[int, bool, str | None]:
-        """How rows are read: the output's dimensions, whether it leads with the data, by what."""
+    def reading(self) -> tuple[int, bool, str | None, bool | None]:
+        """How rows are read: the output's dimensions, whether it leads with the data, by what; mode."""
         kind = None if self.sharing is None else self.sharing.kind
-        return len(self.out_shape), self.out_shape[:1] == (self.batch,), kind
+        return len(self.out_shape), self.out_shape[:1] == (self.batch,), kind, self.mode
 
     @property
     def looked_up(self) -> bool:
