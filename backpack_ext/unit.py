@@ -117,20 +117,24 @@ class Unit:
 
         Patches of convolutions are many times as large as the input; parts of them take turns in memory.
         """
-        if self._a is None and len(self.sites) == 1 and not self._in_sharing:
-            g, _, n, s, o = self.b.shape
-            features = self.parameters["weight"].numel() // max(1, g * o)
-            step = max(1, PART // max(1, g * s * features))
-            for k in range(0, n, step) if step < n else ():
+        step = self._data_at_once() if self._a is None and len(self.sites) == 1 else self.batch
+        site, rule = self.sites[0], _rule(self.sites[0], self.rule)
+        first = rule.inputs_of(site, slice(0, step)) if step < self.batch else None
+        if first is not None:
+            for k in range(0, self.batch, step):
                 data = slice(k, k + step)
-                a = _rule(self.sites[0], self.rule).inputs_of(self.sites[0], data)
-                if a is None:
-                    break
-                yield data, _with_group(a, 3).to(torch.promote_types(a.dtype, self.dtype))
-            else:
-                if step < n:
-                    return
+                a = _with_group(rule.inputs_of(site, data) if k else first, 3)
+                yield data, a.to(torch.promote_types(a.dtype, self.dtype))
+            return
         yield slice(None), self.a
+
+    def _data_at_once(self) -> int:
+        """Return for how many data inputs are formed at once; all of them in a `sharing` block."""
+        if self._in_sharing:
+            return self.batch
+        g, _, _, s, o = self.b.shape
+        features = self.parameters["weight"].numel() // max(1, g * o)
+        return max(1, PART // max(1, g * s * features))
 
     @property
     def mean_a(self) -> Tensor | None:
