@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 # kinds keep a group's entries.
 # ``rows`` counts the layers whose gradients the last step took as rows.
 CLOCK = {"step": 0, "refreshed": 0, "refreshes": 0, "skipped": 0, "rows": 0, "rejected": 0}
+# Those that states of earlier versions do not have; they begin at zero.
+_LATER = ("rows", "rejected")
+
+
+def with_clock(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the entries of groups that those of earlier versions do not have."""
+    later = dict.fromkeys(_LATER, 0)
+    return {**state_dict, "param_groups": [{**later, **group} for group in state_dict["param_groups"]]}
 
 
 def check_saved(optimizer: NaturalGradient, state_dict: dict[str, Any]) -> None:
@@ -27,7 +35,7 @@ def check_saved(optimizer: NaturalGradient, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: If it is one.
     """
-    name, expected = type(optimizer).__name__, {*optimizer.defaults, *CLOCK}
+    name, expected = type(optimizer).__name__, {*optimizer.defaults, *CLOCK}.difference(_LATER)
     for k, saved in enumerate(state_dict["param_groups"]):
         missing = sorted(expected - saved.keys())
         if missing:

@@ -23,7 +23,7 @@ from curvature.precision import without_autocast
 from optim.base import CurvatureOptimizer
 from optim.bucket import Bucket, Slot
 from optim.buckets import FALLBACK, JOINED, REFUSED, WEIGHT, Buckets
-from optim.checkpoint import CLOCK, check_saved, loaded_entry
+from optim.checkpoint import CLOCK, check_saved, loaded_entry, with_clock
 from optim.costs import of_gradient, of_rows
 from optim.exchange import Exchange
 from optim.fallback import Fallback
@@ -277,7 +277,10 @@ class NaturalGradient(CurvatureOptimizer):
 
     @property
     def rejected(self) -> int:
-        """How often rows of a layer were kept in vain: its gradient was not their product any more."""
+        """How often rows of a layer were kept in vain: its gradient was not their product any more.
+
+        Or squares of rows under- or overflow, so that nothing tells whether it was.
+        """
         return self._clock["rejected"]
 
     @torch.no_grad()
@@ -511,8 +514,8 @@ class NaturalGradient(CurvatureOptimizer):
         return self._layers.of_weight(weight)
 
     def rows_dtype(self, layer: Layer) -> torch.dtype:
-        """Return the data type in which rows are kept, and checked: at least float32."""
-        return torch.promote_types(self._buckets.dtype_of(layer), torch.float32)
+        """Return the data type in which rows are kept, and checked: the weight's, or the factors'."""
+        return torch.promote_types(self._buckets.dtype_of(layer), layer.weight.dtype)
 
     def _checked(
         self, kept: Mapping[Tensor, Rows]
@@ -789,7 +792,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._buckets = Buckets(self, self._layers, self.placement)
         try:
             with exact_loading(self, partial(loaded_entry, self.factor_dtype)):
-                super().load_state_dict(state_dict)
+                super().load_state_dict(with_clock(state_dict))
             for p, state in self.state.items():
                 if state.get("kind") == REFUSED:  # as the saved optimizer has found
                     self._layers.refuse(p)

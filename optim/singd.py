@@ -271,15 +271,20 @@ class SINGD(Adaptive):
 
     **Rows.** They are kept from the backward pass to the step, so ``extensions()`` is not empty between
     refreshes where a layer has them. Whatever is done to gradients in between is respected: each step
-    multiplies gradient and rows with a random vector, and a gradient that is not a multiple of their
+    multiplies gradient and rows with two random vectors, and a gradient that is not a multiple of their
     product, up to rounding, is taken as it is. So are those of several backward passes, of weights that
-    are used several times, of embeddings, of sharded parameters, and of several processes. Clipping by
-    the norm and gradient scalers multiply gradients, which rows allow; in less precision than float32,
-    where a product could hide a change, only gradients that nobody has written to have rows.
+    are used several times, of embeddings, of sharded parameters, of several processes, and those
+    computed in less precision than float32 (autocast, TF32, half types), where rounding could hide a
+    change. Clipping by the norm and gradient scalers multiply gradients, which rows allow.
+
+    As the extension of rows is active in these passes, they have to be ones that extensions can read:
+    an empty batch with ``reduction="sum"``, or `torch.func.functional_call` with plain tensors, raises
+    there too, not only when a refresh is due. ``precondition="gradient"`` needs nothing in between.
 
     Attributes:
         skipped: Number of steps that were skipped.
-        rejected: How often rows of a layer were kept in vain, as something had changed its gradient.
+        rejected: How often rows of a layer were kept in vain, as something had changed its gradient, or
+            as squares of rows under- or overflow.
             Where no layer's are of use they are not tried before the next refresh.
 
     Raises:

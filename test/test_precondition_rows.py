@@ -199,6 +199,63 @@ def test_changes(change):
     assert opt.rejected == (6 if change is noise else 5)
 
 
+def zero_columns(net):
+    net[-1].weight.grad[:, :2] = 0
+
+
+def masked_bias(net):
+    net[-1].bias.grad.zero_()
+
+
+def scaled_weight(net):
+    net[-1].weight.grad.mul_(10)
+
+
+def clamped(net):
+    for p in net[-1].parameters():
+        p.grad.clamp_(-1e-3, 1e-3)
+
+
+def along(net):
+    net[-1].weight.grad += 1e-3 * torch.rand_like(net[-1].weight)
+
+
+RANK_ONE = (zero_columns, masked_bias, scaled_weight, along, clamped)
+ONES = {
+    "one output": (lambda: nn.Sequential(nn.Linear(4, 1)), 6),
+    "two classes": (lambda: nn.Sequential(nn.Linear(4, 2)), 6),
+    "batch of one": (lambda: nn.Sequential(nn.Linear(4, 5)), 1),
+    "one live output": (lambda: nn.Sequential(nn.Linear(4, 5)), 6),
+}
+
+
+@pytest.mark.parametrize("change", RANK_ONE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ONES)
+def test_changes_of_gradients_of_rank_one(name, change):
+    """A single random vector would see multiples only."""
+    build, batch = ONES[name]
+    torch.manual_seed(0)
+    net = extend(build())
+    outputs = net[-1].out_features
+    opt = SINGD(net, structure="dense", **FAST)
+    for k in range(6):
+        x, target = torch.randn(batch, 4), torch.randn(batch, outputs)
+        opt.zero_grad()
+        with backpack(*opt.extensions()):
+            if name in ("two classes", "batch of one"):
+                y = torch.randint(outputs, (batch,))
+                extend(nn.CrossEntropyLoss())(net(x), y).backward()
+            else:
+                live = name == "one live output"
+                y = torch.cat([target[:, :1], net(x).detach()[:, 1:]], dim=1) if live else target
+                extend(nn.MSELoss())(net(x), y).backward()
+        if k % 2 == 0:
+            change(net)
+        opt.step()
+        assert rows_of(opt) == 0 or k % 2
+    assert opt.rejected == 3
+
+
 def test_changes_show_without_the_check(monkeypatch):
     """The gradients of the tests above do differ from their rows."""
     monkeypatch.setattr("optim.rows.TOLERANCE", 1e300)
@@ -352,31 +409,81 @@ def test_rounding_of_single_precision_is_accepted(count):
             assert rows_of(opt) == 2 and opt.rejected == 0
 
 
-@pytest.mark.parametrize("factor_dtype", [None, torch.bfloat16])
-def test_bfloat16(factor_dtype):
-    """Rows stand for the gradient as long as nobody writes to it."""
+@pytest.mark.parametrize("change", ["column", "bias"])
+def test_changes_of_small_inputs_in_single_precision(change):
+    """Of a column, or bias, next to inputs that are a million times as large."""
+    with single():
+        torch.manual_seed(0)
+        net, loss_fn = extend(nn.Sequential(nn.Linear(20, 5))), extend(nn.CrossEntropyLoss())
+        opt = KFAC(net, lr=1e-9, fisher="empirical", precondition="rows")
+        scales = torch.ones(20)
+        scales[0], scales[3], scales[4] = 1e6, 1e-6, 0.0
+        for k in range(2):
+            opt.zero_grad()
+            with backpack(*opt.extensions()):
+                loss_fn(net(torch.randn(128, 20) * scales), torch.randint(5, (128,))).backward()
+            if k:
+                if change == "column":
+                    net[0].weight.grad[:, 3] += 1e-9
+                else:
+                    net[0].bias.grad[2] *= 1.01
+            opt.step()
+            assert (rows_of(opt), opt.rejected) == (1 - k, k)
+
+
+def test_columns_of_zeros_have_gradients_of_zero():
+    """However small a change, as of weight decay of inputs that never occur."""
+    with single():
+        torch.manual_seed(0)
+        net, loss_fn = extend(nn.Sequential(nn.Linear(20, 5))), extend(nn.CrossEntropyLoss())
+        opt = SINGD(net, interval=1, precondition="rows")
+        for k in range(2):
+            x = torch.randn(32, 20)
+            x[:, :5] = 0
+            opt.zero_grad()
+            with backpack(*opt.extensions()):
+                loss_fn(net(x), torch.randint(5, (32,))).backward()
+            if k:
+                net[0].weight.grad[:, 2] += 1e-12
+            opt.step()
+            assert (rows_of(opt), opt.rejected) == (1 - k, k)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast", "high"])
+def test_less_than_single_precision_has_no_rows(how):
     with single():
         torch.manual_seed(0)
         case = CASES["mlp"]
-        net, loss_fn = extend(case.model().bfloat16()), case.loss_fn()
-        opt = SINGD(net, factor_dtype=factor_dtype, **FAST)
-        reference = None
-        for k in range(4):
-            x, y = case.data(6)
-            opt.zero_grad()
-            with backpack(*opt.extensions()):
-                loss_fn(net(x.bfloat16()), y).backward()
-            if k == 3:
-                net[0].weight.grad.mul_(1.0)  # it might have been anything
-                reference = copy.deepcopy(opt)
-            opt.step()
-            assert rows_of(opt) == (1 if k == 3 else 2)
-        assert opt.rejected == 1 and rows_of(reference) == 2
-        rows = opt.rows
+        net, loss_fn = extend(case.model()), case.loss_fn()
+        net = net.bfloat16() if how == "bfloat16" else net
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if how == "high" else "highest")
+        try:
+            opt = SINGD(net, **FAST)
+            for _ in range(4):
+                x, y = case.data(6)
+                opt.zero_grad()
+                with backpack(*opt.extensions()):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+                        out = net(x.bfloat16() if how == "bfloat16" else x)
+                    loss_fn(out.float(), y).backward()
+                opt.step()
+                assert rows_of(opt) == opt.rejected == 0
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def test_factors_of_less_precision_than_the_weight():
+    """Rows are checked in the precision of the gradient."""
+    net, loss_fn = extend(CASES["mlp"].model()), CASES["mlp"].loss_fn()
+    opt = SINGD(net, factor_dtype=torch.float32, **FAST)
+    for _ in range(3):
+        x, y = CASES["mlp"].data(6)
         opt.zero_grad()
-        with backpack(rows):
-            loss_fn(net(x.bfloat16()), y).backward()
-        assert {r.b.dtype for r in rows.take().values()} == {torch.float32}
+        with backpack(*opt.extensions()):
+            loss_fn(net(x), y).backward()
+        opt.step()
+        assert rows_of(opt) == 2 and opt.rejected == 0
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------
@@ -404,6 +511,22 @@ def test_resume():
     assert same(net.state_dict(), other.state_dict()) and same(opt.state_dict(), resumed.state_dict())
     copied = copy.deepcopy(opt)
     assert copied.rows.source is copied and copied.precondition == "rows"
+
+
+def test_states_without_the_counts_of_rows():
+    """Those of earlier versions: the counts begin at zero."""
+    case = CASES["mlp"]
+    net = extend(case.model())
+    opt = SINGD(net, **FAST)
+    train(case, net, opt, [case.parts([6])])
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        del group["rows"], group["rejected"]
+    resumed = SINGD(net, **FAST)
+    resumed.load_state_dict(state)
+    assert rows_of(resumed) == resumed.rejected == 0 and "rows" not in state["param_groups"][0]
+    train(case, net, resumed, [case.parts([6])] * 2)
+    assert rows_of(resumed) == 2
 
 
 # -- which layers --------------------------------------------------------------------------------------
