@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from backpack_ext.tensor_network import Convolution, RandomisedConv, dropped, randomised
 from backpack_ext.tensor_network.dropout import drawn, restricted
@@ -309,3 +310,43 @@ def test_wrong_use_of_the_layer():
         RandomisedConv(Own(2, 3, 2), {"n": 0.5})
     with pytest.raises(ValueError, match="with a batch axis"):
         RandomisedConv(nn.Conv2d(2, 3, 2), {"n": 0.5})(torch.ones(2, 4, 4))
+
+
+def test_changed_padding():
+    x, conv = torch.randn(4, 2, 6, 6), nn.Conv2d(2, 3, 3, padding=1)
+    conv.padding = (0, 2)
+    close(RandomisedConv(conv, {"n": 0.5})(x), conv(x))
+
+
+def hooked(kind):
+    conv = nn.Conv2d(2, 3, 3)
+    if kind == "prune":
+        return prune.random_unstructured(conv, "weight", 0.5)
+    if kind == "spectral_norm":
+        return nn.utils.spectral_norm(conv)
+    getattr(conv, f"register_{kind}")(lambda *_: None)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["prune", "spectral_norm", "forward_hook", "forward_pre_hook", "full_backward_hook"],
+)
+def test_hooks_are_not_bypassed(kind):
+    layer, x = RandomisedConv(hooked(kind), {"n": 0.5}), torch.randn(4, 2, 6, 6)
+    with pytest.raises(RuntimeError, match="has hooks"):
+        layer(x)
+    layer.eval()(x)
+
+
+def test_meta():
+    layer = RandomisedConv(nn.Conv2d(2, 3, 3).to("meta"), {"n": 0.5})
+    assert layer(torch.empty(4, 2, 6, 6, device="meta")).shape == (4, 3, 4, 4)
+
+
+def test_wrong_arguments_say_what_is_expected():
+    x, v = torch.randn(3, 2, 4), torch.randn(3, 4, 2)
+    with pytest.raises(TypeError, match="fraction for each index"):
+        dropped(Convolution((3,)).weight_vjp(x, v), ["n"])
+    with pytest.raises(ValueError, match="simplify=False"):
+        dropped(Convolution((2,), 2).weight_vjp(x, v), {"i0": 0.5})

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backpack_ext import KFAC, backpack, extend
+from backpack_ext.conv_factors.geometry import Dimension
 from backpack_ext.tensor_network import Convolution, Expression, Pattern, index_pattern, pattern, plan
 
 FUZZ = 160
@@ -274,12 +275,64 @@ def test_index_pattern():
 
 
 def test_patterns_are_cached():
-    options = {"stride": 2, "dtype": torch.float64}
-    assert index_pattern(9, 3, **options) is index_pattern(9, 3, **options)
-    assert index_pattern(9, 3, **options) is not index_pattern(9, 3, stride=2)
-    one, two = (Convolution((3, 3), simplify=False).unfold(torch.ones(1, 1, 5, 5)) for _ in range(2))
-    assert one.operands[1] is one.operands[2] is two.operands[1]
+    P, double, cpu = Pattern(Dimension(9, 4, 3, 2)), torch.float64, torch.device("cpu")
+    assert P.shared(double, cpu) is Pattern(Dimension(9, 4, 3, 2)).shared(double, cpu)
+    assert P.shared(double, cpu) is not P.shared(torch.float32, cpu)
+    large = Pattern(Dimension(600, 592, 9))  # by size, not by count
+    before = pattern._kept.cache_info().currsize
+    assert large.shared(double, cpu) is not large.shared(double, cpu)
+    assert pattern._kept.cache_info().currsize == before
     assert plan.plan.cache_info().maxsize
+
+
+def test_patterns_handed_out_are_the_callers():
+    x, w = torch.randn(2, 1, 4), torch.randn(3, 1, 2)
+    conv, expected = Convolution((2,)), F.conv1d(x, w)
+    _, operands, _ = conv.forward(x, w)
+    operands[1].zero_()
+    conv.forward(x, w).operands[1].requires_grad_()
+    index_pattern(4, 2, dtype=torch.float64).zero_()
+    close(conv.forward(x, w).contract(), expected)
+    assert not conv.unfold(x).contract().requires_grad
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_values_are_no_views_of_the_input(stride):
+    x = torch.ones(2, 3, 4)
+    Convolution((stride,), stride=stride).unfold(x).contract().zero_()
+    assert x.eq(1).all()
+
+
+@pytest.mark.parametrize("kernel, stride, padding, size", [(1, 5, 2, 1), (2, 20, 5, 3), (2, 9, 5, 3)])
+def test_kernels_in_the_padding_only(kernel, stride, padding, size):
+    x, w = torch.randn(2, 2, size), torch.randn(3, 2, kernel)
+    expected = F.conv1d(x, w, stride=stride, padding=padding)
+    close(Convolution((kernel,), stride, padding).forward(x, w).contract(), expected)
+
+
+def test_changed_attributes():
+    x = torch.randn(2, 2, 6, 7)
+    for mode in ("zeros", "circular", "reflect", "replicate"):
+        module = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode, bias=False)
+        module.padding = (2, 0)
+        close(Convolution.of(module).forward(x, module.weight).contract(), module(x))
+    module = nn.Conv2d(2, 3, 2, padding="same", padding_mode="circular")
+    module.dilation = (2, 2)
+    with pytest.raises(ValueError, match="still pads"):
+        Convolution.of(module)
+
+
+def test_autocast_does_not_round():
+    x, w = torch.randn(2, 2, 6).float(), torch.randn(3, 2, 3).float()
+    network = Convolution((3,)).forward(x, w)
+    expected = network.contract()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network.contract(), expected)
+
+
+def test_sizes_are_integers():
+    with pytest.raises(TypeError, match="integers"):
+        Convolution((3,)).patterns((5.0,))
 
 
 def test_cache_outlives_transforms_and_modes():

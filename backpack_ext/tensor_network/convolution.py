@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from backpack_ext.conv_factors.geometry import Dimension
+from backpack_ext.conv_factors.geometry import Dimension, padding_widths
 from backpack_ext.tensor_network.expression import Expression
 from backpack_ext.tensor_network.pattern import Pattern
 
@@ -122,14 +122,30 @@ class Convolution:
 
     @staticmethod
     def of(module: nn.Module, simplify: bool = True) -> Convolution:
-        """Return those of an ``nn.Conv1d`` to ``3d`` or ``nn.ConvTranspose1d`` to ``3d``."""
+        """Return those of an ``nn.Conv1d`` to ``3d`` or ``nn.ConvTranspose1d`` to ``3d``.
+
+        As its forward uses them now: a padding mode other than zeros pads by what ``padding`` said
+        when the module was made.
+        """
         if not isinstance(module, nn.modules.conv._ConvNd):
             raise TypeError(
                 f"{type(module).__name__} is no nn.Conv1d to 3d or nn.ConvTranspose1d to 3d."
             )
-        m = module
-        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed")
-        return Convolution(*(getattr(m, x) for x in names), m.output_padding, simplify)
+        m, padding = module, module.padding
+        if m.padding_mode != "zeros":
+            widths = padding_widths(m)
+            before, after = widths[::2][::-1], widths[1::2][::-1]
+            padding = before if before == after else "same"
+        numbers = m.kernel_size, m.stride, padding, m.dilation, m.groups, m.padding_mode, m.transposed
+        conv = Convolution(*numbers, m.output_padding, simplify)
+        if padding == "same" and m.padding_mode != "zeros":
+            totals = [d * (k - 1) for d, k in zip(conv.dilation, m.kernel_size, strict=True)]
+            if [b + a for b, a in zip(before, after, strict=True)] != totals:
+                raise ValueError(
+                    f"The module still pads {before} and {after}, by the dilation that it was made "
+                    f"with, not {conv.dilation}. Make a new one."
+                )
+        return conv
 
     @property
     def dims(self) -> int:
@@ -140,10 +156,13 @@ class Convolution:
         """Return the pattern of each spatial dimension of an input of these sizes.
 
         Raises:
+            TypeError: If a size is no integer.
             ValueError: If a dimension has no output pixel, or is too small for its padding mode.
         """
         if len(sizes) != self.dims:
             raise ValueError(f"{len(sizes)} sizes {tuple(sizes)} for {self.dims} spatial dimensions.")
+        if any(isinstance(n, float) for n in sizes):
+            raise TypeError(f"Sizes {tuple(sizes)}: give integers.")
         return tuple(self._pattern(axis, n) for axis, n in enumerate(sizes))
 
     def output_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -471,7 +490,7 @@ def index_pattern(
         device: Where the pattern is.
 
     Returns:
-        ``P[I, O, K]``. The same object for the same arguments: do not change it in place.
+        ``P[I, O, K]``.
 
     Raises:
         ValueError: If these are no hyper-parameters of a convolution, or it has no output.

@@ -33,6 +33,7 @@ def dropped(
         An expression of the same shape with smaller operands.
 
     Raises:
+        TypeError: If `keep` is no mapping.
         ValueError: If an index is not summed over (`Expression.summed`), or p not in ``(0, 1]``.
 
     References:
@@ -47,10 +48,15 @@ def dropped(
         >>> estimate.sizes["n"], torch.equal(estimate.contract(), exact.contract())  # equal data
         (2, True)
     """
+    if not isinstance(keep, Mapping):
+        raise TypeError(f"keep={keep!r}: give a fraction for each index, such as {{'n': 0.5}}.")
     sizes, summed = expression.sizes, expression.summed
     for name in keep:
         if name not in summed:
-            raise ValueError(f"{name!r} is no index that is summed over; those are {', '.join(summed)}.")
+            raise ValueError(
+                f"{name!r} is no index that is summed over; those are {', '.join(summed)}. "
+                "Convolution(..., simplify=False) keeps those that simplification would remove."
+            )
         if not sizes[name]:
             raise ValueError(f"{name!r} has no values to choose from.")
     return restricted(expression, drawn({x: sizes[x] for x in keep}, keep, generator))
@@ -90,7 +96,7 @@ def restricted(
         if not chosen:
             return t
         if isinstance(t, Pattern):
-            t = t.tensor(given.dtype, given.device)
+            t = t.shared(given.dtype, given.device)
         key = (id(t), chosen)
         if key not in known:
             known[key] = selected(t, {axis: values[x] for axis, x in chosen})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from string import ascii_letters
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from backpack_ext.tensor_network.pattern import Pattern
 from backpack_ext.tensor_network.plan import Plan, plan
 from backpack_ext.tensor_network.simplification import simplified
+from curvature.precision import without_autocast
 
 # Symbols of the equation's indices behind the 52 letters: Unicode letters, as opt_einsum reads them.
 _MORE = 0xC0
@@ -94,14 +96,14 @@ class Expression:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """The operands as tensors."""
-        tensors = self._dense()
+        """The operands as tensors; patterns are copies of the caller's own."""
+        tensors = self._dense(Pattern.tensor)
         return tensors if self.scale == 1 else (*tensors, tensors[0].new_tensor(self.scale))
 
-    def _dense(self) -> tuple[Tensor, ...]:
+    def _dense(self, made: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         given = [t for t in self.tensors if not isinstance(t, Pattern)]
         dtype, device = given[0].dtype, given[0].device
-        return tuple(t.tensor(dtype, device) if isinstance(t, Pattern) else t for t in self.tensors)
+        return tuple(made(t, dtype, device) if isinstance(t, Pattern) else t for t in self.tensors)
 
     def _plan(self, tensors: tuple[Tensor | Pattern, ...]) -> tuple[Plan, tuple[int, ...]]:
         sizes = self.sizes
@@ -112,16 +114,19 @@ class Expression:
         keys = [t if isinstance(t, Pattern) else id(t) for t in tensors]
         return plan(legs, out, tuple(sizes.values()), tuple(keys.index(key) for key in keys)), out
 
+    @without_autocast
     def contract(self) -> Tensor:
         """Return the value, of shape `shape`; differentiable by all operands.
 
         The order of the products comes from opt_einsum if that is installed, else from a search of
         our own (all orders up to 12 operands, greedily beyond), once per network and sizes. An
-        intermediate that is needed twice is computed once. In the operands' data type.
+        intermediate that is needed twice is computed once. In the operands' data type, under
+        autocast too; the result shares no memory with them.
         """
-        tensors = self._dense()
-        steps, out = self._plan(tensors)
-        return steps.run(tensors, out, self.scale).reshape(self.shape)
+        steps, out = self._plan(self.tensors)
+        tensors = self._dense(cache(Pattern.shared))
+        value = steps.run(tensors, out, self.scale).reshape(self.shape)
+        return value if steps.steps or self.scale != 1 else value.clone()  # not a view of an operand
 
     def cost(self) -> int:
         """Return the multiply-adds of `contract`, sums included, the reshape and the scale not."""

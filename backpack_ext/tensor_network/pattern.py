@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from backpack_ext.conv_factors.geometry import Dimension
+
+# Patterns with more entries are made anew each time: the cache counts patterns, not their bytes.
+LARGEST_KEPT = 2**18
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,16 @@ class Pattern:
         return d.size - self.before - self.after, d.out, d.kernel
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return ``P[i, o, k]``, one object per pattern, data type and device: do not change it."""
-        return (_kept if _plain() else _made)(self, dtype, device)
+        """Return ``P[i, o, k]``, a tensor of the caller's own."""
+        return _made(self, dtype, device)
+
+    def shared(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``P[i, o, k]``, one object per pattern, data type and device unless it is large.
+
+        For reading only: it is never handed out.
+        """
+        small = prod(self.shape) <= LARGEST_KEPT
+        return (_kept if small and _plain() else _made)(self, dtype, device)
 
 
 def _plain() -> bool:

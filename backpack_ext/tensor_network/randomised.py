@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backpack_ext.conv_factors.geometry import padding_widths
 from backpack_ext.tensor_network.convolution import Convolution
 from backpack_ext.tensor_network.dropout import check_keep, drawn, restricted, selected
+from curvature.precision import without_autocast
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -56,7 +58,7 @@ class RandomisedConv(nn.Module):
         TypeError: If `conv` is no convolution, or has a forward of its own.
         ValueError: If there is no such index, a fraction is not in ``(0, 1]``, `conv` is lazy and was
             not called yet, or the input has no batch axis.
-        RuntimeError: When its gradient is differentiated.
+        RuntimeError: In training, if `conv` has hooks; and when its gradient is differentiated.
 
     References:
         Dangel (2023), Convolutions and more as Einsum, where it is tensor dropout; Oktay et al. (2021),
@@ -92,6 +94,8 @@ class RandomisedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x[N, C, *I]``, exactly."""
         conv = self.conv
+        if self.training and torch.is_grad_enabled():
+            _check_hooks(conv)
         estimates = self.training and torch.is_grad_enabled() and conv.weight.requires_grad
         if not (estimates and x.numel()):
             return conv(x)
@@ -102,7 +106,7 @@ class RandomisedConv(nn.Module):
             )
         x, hyper = _zero_padded(x, hyper, conv)
         weight, bias = conv.weight, conv.bias
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
         sizes = {"n": len(x), "c": x.shape[1] // conv.groups}
@@ -118,12 +122,29 @@ def _zero_padded(x: Tensor, hyper: Convolution, conv: nn.Module) -> tuple[Tensor
     """Form the padding that torch's kernels do not know: of other modes, or unequal on the two sides."""
     if hyper.transposed:
         return x, hyper
-    widths = conv._reversed_padding_repeated_twice  # of "same" and "valid" too
+    widths = padding_widths(conv)  # of "same" and "valid" too
     before, after = tuple(widths[::2][::-1]), tuple(widths[1::2][::-1])
     if hyper.padding_mode == "zeros" and before == after:
         return x, replace(hyper, padding=before)
     mode = "constant" if hyper.padding_mode == "zeros" else hyper.padding_mode
     return F.pad(x, widths, mode=mode), replace(hyper, padding=0, padding_mode="zeros")
+
+
+def _check_hooks(conv: nn.Module) -> None:
+    """Raise if estimates would bypass hooks of a convolution that trains more than its bias.
+
+    Before its first call the weight that a hook makes (`spectral_norm`) may not require a gradient yet.
+    """
+    if not any(p.requires_grad for name, p in conv.named_parameters() if name != "bias"):
+        return
+    hooks = [h for h in conv._forward_hooks.values() if not getattr(h, "records_sites", False)]
+    others = (conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    if hooks or any(others):
+        raise RuntimeError(
+            "RandomisedConv: the convolution has hooks (pruning, weight_norm and spectral_norm of "
+            "torch.nn.utils are such), which training would not call. Use "
+            "torch.nn.utils.parametrizations in their place, or .eval(), where they are called."
+        )
 
 
 class _Estimated(torch.autograd.Function):
@@ -140,7 +161,7 @@ class _Estimated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, vector: Tensor):
         with torch.no_grad():
-            gradients = _gradients(ctx, vector)
+            gradients = without_autocast(_gradients)(ctx, vector)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _Once.apply(vector, *gradients)
         return (*gradients, None, None)

@@ -207,9 +207,13 @@ def _cut(t: Tensor, axis: int, link: _Link) -> Tensor:
     """Cut an axis into kernels: the coarse index takes its place, that of the kernel is the last."""
     length = link.stride * (link.coarse - 1) + link.span
     after = length - link.before - link.fine
+    if after < 0:  # what no kernel reaches, possibly everything
+        t = t.narrow(axis, 0, max(0, link.fine + after))
+    # all of the kernels may be in the zeros before the input
+    before, after = min(link.before, length), max(after, 0)
     if link.before > 0 or after > 0:
-        t = F.pad(t, (0, 0) * (t.dim() - 1 - axis) + (link.before, after))
-    return t.narrow(axis, 0, length).unfold(axis, link.span, link.stride)[..., :: link.dilation]
+        t = F.pad(t, (0, 0) * (t.dim() - 1 - axis) + (before, after))
+    return t.unfold(axis, link.span, link.stride)[..., :: link.dilation]
 
 
 def _every(t: Tensor, axis: int, first: int, used: int, step: int) -> Tensor:
@@ -217,4 +221,4 @@ def _every(t: Tensor, axis: int, first: int, used: int, step: int) -> Tensor:
 
 
 def _squeezed(t: Tensor | Pattern, axes: tuple[int, ...], dtype: torch.dtype, device) -> Tensor:
-    return (t.tensor(dtype, device) if isinstance(t, Pattern) else t).squeeze(axes)
+    return (t.shared(dtype, device) if isinstance(t, Pattern) else t).squeeze(axes)
