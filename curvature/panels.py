@@ -45,21 +45,31 @@ def symmetric_product(S: Tensor, scale: float = 1.0) -> Tensor:
     one wait busily while the other's work. ``python -m benchmarks.symmetric`` measures all ways,
     alone and in alternation with torch's products.
 
-    On GPU this is torch's product, or with `curvature.use_triton` a kernel for one triangle.
+    On GPU this is torch's product, or with `curvature.use_triton` a kernel for one triangle. Where
+    derivatives are followed, or a function transform runs, it is torch's product everywhere.
     """
-    if S.device.type == "cuda" and triton_enabled():
+    if S.device.type == "cuda" and triton_enabled() and not is_differentiated(S):
         from curvature import triton_gram
 
         if triton_gram.pays(S):
             return triton_gram.gram(S.mT, scale, S.dtype)
     *batch, d, r = S.shape
-    if S.device.type != "cpu" or not is_halved(d, r):
+    if S.device.type != "cpu" or not is_halved(d, r) or is_differentiated(S):
         return scaled_product(S, S.mT, scale)
     out = S.new_empty(*batch, d, d)
     product = openblas.product if numpy_pays(S) else halves
     for found, rows in zip(out.view(-1, d, d), S.reshape(-1, d, r), strict=True):
         product(rows, found, scale)
     return out
+
+
+def is_differentiated(S: Tensor) -> bool:
+    """Whether derivatives of a tensor are followed, in either direction, or a transform runs."""
+    if S.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(S):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(S).tangent is not None
 
 
 def is_halved(d: int, r: int) -> bool:

@@ -16,6 +16,7 @@ from backpack_ext import (
     backpack,
     extend,
 )
+from backpack_ext.rules.affine import ConvRule
 from curvature import DenseBlock
 
 
@@ -161,3 +162,37 @@ def test_subclasses_share_no_factors():
     p = model.weight
     assert torch.allclose(p.halved.A, 0.5 * p.one.A) and torch.allclose(p.halved.B, 0.5 * p.one.B)
     assert torch.equal(p.kfac.A, p.one.A)
+
+
+class DoubledPatches(ConvRule):
+    def _patches(self, m, x):
+        return 2 * super()._patches(m, x)
+
+
+class DoubledInputs(ConvRule):
+    def inputs(self, site):
+        return 2 * super().inputs(site)
+
+
+@pytest.mark.parametrize("rule", [DoubledPatches, DoubledInputs])
+def test_shortcuts_are_those_of_patches_only(rule: type[ConvRule]):
+    """All quantities follow a rule's inputs."""
+    torch.manual_seed(0)
+    model, x = extend(nn.Conv2d(2, 3, 3), check_layers=False), torch.randn(40, 2, 6, 6)
+    loss_fn, found = extend(nn.MSELoss()), {}
+    for factor in (1, 2):
+        exts = [
+            KFAC("expand", "empirical"),
+            KFAC("reduce", "empirical", savefield="r"),
+            SumGradSquared(),
+        ]
+        if factor == 2:
+            for ext in exts:
+                ext.set_module_extension(nn.Conv2d, rule(2))
+        with backpack(*exts):
+            z = model(x)
+            loss_fn(z, torch.zeros_like(z)).backward()
+        w = model.weight
+        found[factor] = [w.kfac.A.clone(), w.r.A.clone(), w.sum_grad_squared.clone()]
+    for one, two in zip(found[1], found[2], strict=True):
+        assert torch.allclose(4 * one, two, rtol=1e-4, atol=1e-7)

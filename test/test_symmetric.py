@@ -266,3 +266,25 @@ def test_copies_are_seen(monkeypatch):
     found = _copies(monkeypatch, lambda: (x.clone(), x.mT.contiguous(), torch.cat([x, x])))
     assert found["aten::copy_", 15] >= 2
     assert found["cat", 30] == 1
+
+
+def test_derivatives_are_followed():
+    """In either direction and under transforms, whatever the size."""
+    from torch.autograd import forward_ad
+
+    torch.manual_seed(0)
+    S, T = torch.randn(2, 600, 200).double()
+    expected = T @ S.T + S @ T.T
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            with forward_ad.dual_level():
+                found = symmetric_product(forward_ad.make_dual(S, T))
+                assert torch.allclose(forward_ad.unpack_dual(found).tangent, expected)
+            assert torch.allclose(torch.func.jvp(symmetric_product, (S,), (T,))[1], expected)
+            leaf = S.clone().requires_grad_()
+            symmetric_product(leaf).sum().backward()
+            assert torch.allclose(leaf.grad, 2 * S.sum(0).expand_as(S))
+        finally:
+            torch.set_num_threads(threads)

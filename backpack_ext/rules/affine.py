@@ -104,17 +104,24 @@ class _SpatialRule(Rule):
             )
         return x
 
+    def _has_patches(self) -> bool:
+        """Whether its inputs are the patches, as a subclass's need not be."""
+        cls = type(self)
+        own = (cls.inputs, getattr(cls, "_patches", None), cls._pixels)
+        transposed = ConvTransposeRule.inputs, None, _SpatialRule._pixels
+        return own in ((ConvRule.inputs, ConvRule._patches, _SpatialRule._pixels), transposed)
+
     def mean_inputs(self, site: Site) -> Tensor | None:
         """Return the means of the patches over each image's pixels; None for inputs of integers."""
         x = self._check(site)
-        if not x.is_floating_point():
+        if not x.is_floating_point() or not self._has_patches():
             return None
         means = patch_means(x, Geometry.of(site.module, x.shape, site.out_shape))
         return self._pixels(site, means.unsqueeze(1), site.module.groups)
 
     def moment_size(self, site: Site) -> int | None:
         """Return the size of a patch, unless a subclass has inputs of its own."""
-        if type(self).inputs not in (ConvRule.inputs, ConvTransposeRule.inputs):
+        if not self._has_patches():
             return None
         return site.module.in_channels // site.module.groups * prod(site.module.kernel_size)
 
@@ -160,6 +167,8 @@ class ConvRule(_SpatialRule):
         """Return the patches of some of the data, where each datum is one image."""
         x = self._check(site)
         if site.broadcast or site.sharing is not None or len(x) != site.batch:
+            return None
+        if not self._has_patches():
             return None
         u = self._patches(site.module, x[data]).chunk(site.module.groups, dim=2)
         return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
