@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext import KFAC, backpack, extend
-from backpack_ext.conv_factors import patch_means
+from backpack_ext.conv_factors import axis, kept, patch_means
 from backpack_ext.conv_factors.cost import cheapest, cost, plans_of
 from backpack_ext.conv_factors.geometry import Geometry
 from benchmarks.conv_factors.__main__ import main
@@ -222,3 +222,23 @@ def test_kfac_reduce_forms_no_patches(cls: type, options: dict, monkeypatch):
     rows = means.unflatten(1, (groups, -1)).movedim(1, 0).flatten(2)  # [g, N, (c k)]
     expected = rows.mT @ rows / len(x)
     torch.testing.assert_close(model[0].weight.kfac.A, expected if groups > 1 else expected[0])
+
+
+def test_signals_of_many_lengths_are_not_all_kept():
+    x, small = torch.randn(1, 1, 2500), axis.axes_of.caches[0].cache_info().currsize
+    for length in range(2000, 2500, 50):
+        conv = nn.Conv1d(1, 2, 400, stride=160)
+        part = x[..., :length]
+        patch_means(part, Geometry.of(conv, part.shape, conv(part).shape))
+    few, many = (cache.cache_info().currsize for cache in reversed(axis.axes_of.caches))
+    assert few <= kept.FEW and many == small
+
+
+def test_means_first_asked_for_in_inference_mode():
+    conv, x = nn.Conv1d(2, 3, 7, stride=3, padding=2), torch.randn(2, 2, 53)
+    geometry = Geometry.of(conv, x.shape, conv(x).shape)
+    with torch.inference_mode():
+        patch_means(x, geometry)
+    leaf = x.requires_grad_()
+    patch_means(leaf, geometry).sum().backward()
+    assert leaf.grad.abs().sum() > 0

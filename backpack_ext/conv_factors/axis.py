@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from backpack_ext.conv_factors.geometry import Geometry
+from backpack_ext.conv_factors.kept import kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ def _longest_run(same: Tensor) -> tuple[int, int]:
     return int(ends[k]) + 1, int(lengths[k])
 
 
-@lru_cache(maxsize=1024)
+@kept
 def axes_of(geometry: Geometry) -> tuple[Axis, ...]:
     """Return the dimensions' weights, of the input as it is: its padding is part of them."""
     return tuple(_axis(geometry, d) for d in range(len(geometry.dimensions)))

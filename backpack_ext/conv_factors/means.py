@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from backpack_ext.conv_factors.axis import Core, axes_of
 from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, Plan, cheapest
 from backpack_ext.conv_factors.geometry import Geometry
+from backpack_ext.conv_factors.kept import kept
 from curvature.precision import without_autocast
 
 # Half precision is widened that many entries at a time, by the kind of device.
@@ -104,7 +105,7 @@ def _summed(x: Tensor, dim: int, core: Core) -> Tensor:
     return torch.cat([before, middle, behind], dim)
 
 
-@lru_cache(maxsize=256)
+@kept
 def _weights(
     geometry: Geometry, plan: Plan, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
 from backpack_ext.conv_factors.geometry import Dimension
+from backpack_ext.conv_factors.kept import kept
 
 # From this share of a dimension on, a segment is multiplied in place, with zeros elsewhere.
 WIDE = 0.5
@@ -98,7 +98,7 @@ class Overlaps:
         return sum(len(cuts) - 1 for cuts in self._cuts.values())
 
 
-@lru_cache(maxsize=1024)
+@kept
 def overlaps(dimension: Dimension) -> Overlaps:
     """Return the overlaps of a dimension, kept for later calls."""
     return Overlaps(dimension)
@@ -151,7 +151,7 @@ def _pairs(dimensions: tuple[Dimension, ...]) -> Iterator[tuple[tuple, tuple]]:
     return ((k, other) for n, k in enumerate(entries) for other in entries[n:])
 
 
-@lru_cache(maxsize=256)
+@kept
 def plan(dimensions: tuple[Dimension, ...]) -> Plan:
     """Return the plan of dimensions, kept for later calls."""
     each = [overlaps(d) for d in dimensions]
