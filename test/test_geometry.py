@@ -24,7 +24,7 @@ from backpack_ext import (
     unit,
 )
 from backpack_ext.normal import OneHot
-from backpack_ext.rules.affine import ConvRule
+from backpack_ext.rules.affine import _SpatialRule
 
 N = 3
 APPROX = ("expand", "reduce")
@@ -102,6 +102,7 @@ CONVS = [
     (1, (2, 7), 3, 3, {"padding": "valid", "stride": 3}),
     (1, (2, 2), 3, 5, {"padding": 2}),
     (1, (2, 5), 3, 1, {"stride": 2}),
+    (1, (2, 1), 3, 1, {"stride": 5, "padding": 2}),  # the only pixel lies in the padding
     (2, (2, 5, 6), 3, 3, {"padding": 1}),
     (2, (2, 5, 7), 3, (2, 3), {"stride": (2, 1), "padding": (0, 2), "bias": False}),
     (2, (2, 7, 6), 3, (3, 2), {"dilation": (1, 3), "stride": (3, 2), "padding": (2, 1)}),
@@ -132,6 +133,13 @@ TRANSPOSED = [
     (1, (2, 4), 3, 1, {"stride": 3}),
     (1, (2, 5), 3, 2, {"padding": 2}),
     (1, (2, 4), 3, 2, {"dilation": 3, "output_padding": 2}),
+    (
+        1,
+        (6, 1),
+        12,
+        1,
+        {"padding": 3, "output_padding": 8, "dilation": 9, "groups": 6},
+    ),  # none met
     (2, (2, 3, 4), 3, 3, {"padding": 1}),
     (2, (2, 3, 2), 4, (3, 2), {"stride": (2, 1), "output_padding": (1, 0), "padding": (1, 0)}),
     (2, (4, 3, 2), 6, (2, 3), {"groups": 2, "stride": (1, 2), "dilation": (2, 1)}),
@@ -183,10 +191,10 @@ def test_conv_in_parts(row: tuple, data_at_once: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(unit, "PART", data_at_once * pixels * G[0, 0].numel() * model.groups)
     with backpack(BatchGrad()):
         problem.loss().backward()  # the layer is checked once, which needs the patches
-    parts = ConvRule.inputs_of
-    monkeypatch.setattr(ConvRule, "inputs", lambda *args: pytest.fail("formed as a whole"))
+    parts = _SpatialRule.inputs_of
+    monkeypatch.setattr(_SpatialRule, "inputs", lambda *args: pytest.fail("formed as a whole"))
     calls = []
-    monkeypatch.setattr(ConvRule, "inputs_of", lambda *args: calls.append(1) or parts(*args))
+    monkeypatch.setattr(_SpatialRule, "inputs_of", lambda *args: calls.append(1) or parts(*args))
     for ext in (SumGradSquared, Variance, BatchL2Grad, DiagGGN):
         calls.clear()
         with backpack(ext()):

@@ -165,8 +165,8 @@ def test_subclasses_share_no_factors():
 
 
 class DoubledPatches(ConvRule):
-    def _patches(self, m, x):
-        return 2 * super()._patches(m, x)
+    def _patches(self, site, x):
+        return 2 * super()._patches(site, x)
 
 
 class DoubledInputs(ConvRule):

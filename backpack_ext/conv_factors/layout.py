@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import product
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from backpack_ext.conv_factors.geometry import Dimension, Geometry
+from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.overlaps import overlaps
+from backpack_ext.conv_factors.unfold import unfold
 
 
 def layout(x: Tensor, geometry: Geometry, level: int) -> dict[tuple[int, ...], Tensor]:
@@ -30,8 +30,7 @@ def layout(x: Tensor, geometry: Geometry, level: int) -> dict[tuple[int, ...], T
     """
     kept, unfolded = geometry.dimensions[:level], geometry.dimensions[level:]
     each, groups = [overlaps(d) for d in kept], geometry.groups
-    for axis, d in enumerate(unfolded, 2 + level):
-        x = _unfold(x, axis, d)
+    x = unfold(x, unfolded)
     x = x.unflatten(1, (groups, -1))  # [n, g, c, *I, *O, *K]
     dims = len(geometry.dimensions)
     images, kernels = range(3, 3 + dims), range(3 + dims, x.dim())
@@ -52,26 +51,3 @@ def layout(x: Tensor, geometry: Geometry, level: int) -> dict[tuple[int, ...], T
             whole[tuple(map(slice, part.shape))] = part
         found[phase] = whole.flatten(1, lead - 1)
     return found
-
-
-def _unfold(x: Tensor, axis: int, d: Dimension) -> Tensor:
-    """Return the entries that kernel entries meet, ``[..., O, ..., K]`` K last; a view if it can be.
-
-    A transposed convolution is one of stride 1, with its kernel flipped, of the input with
-    ``stride - 1`` zeros between neighbours.
-    """
-    reach, size, before, stride = d.dilation * (d.kernel - 1), d.size, d.before, d.stride
-    if d.transposed:
-        before, size = reach - before, stride * (size - 1) + 1
-        if stride > 1:
-            shape = list(x.shape)
-            shape[axis] = size
-            stuffed = x.new_zeros(shape)
-            stuffed[(slice(None),) * axis + (slice(None, None, stride),)] = x
-            x = stuffed
-        stride = 1
-    after = stride * (d.out - 1) + reach + 1 - size - before
-    if before or after:
-        x = F.pad(x, [0, 0] * (x.dim() - 1 - axis) + [before, after])
-    x = x.unfold(axis, reach + 1, stride)[..., :: d.dilation]
-    return x.flip(-1) if d.transposed else x

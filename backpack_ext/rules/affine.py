@@ -6,16 +6,14 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backpack_ext.conv_factors import Geometry, patch_means
 from backpack_ext.conv_factors.choice import product_is_faster
-from backpack_ext.conv_factors.geometry import padding_widths
 from backpack_ext.conv_factors.moments import moment
+from backpack_ext.conv_factors.unfold import patches
 from backpack_ext.errors import UnsupportedError
 from backpack_ext.normal import Bags, OneHot
 from backpack_ext.rules.base import InputMoment, Rule, by_shape
-from backpack_ext.rules.patches import patches, transposed_patches
 from backpack_ext.site import Site
 from curvature import Axes
 
@@ -104,19 +102,44 @@ class _SpatialRule(Rule):
             )
         return x
 
+    def inputs(self, site: Site) -> Tensor:
+        """Return the patches ``a[g,n,s,(c k)]``: what kernel entries meet at each output pixel."""
+        x = self._check(site)
+        return self._pixels(site, self._patches(site, x), site.module.groups)
+
+    def inputs_of(self, site: Site, data: slice) -> Tensor | None:
+        """Return the patches of some of the data, where each datum is one image."""
+        x = self._check(site)
+        if site.broadcast or site.sharing is not None or len(x) != site.batch or not self._has_patches():
+            return None
+        u = self._patches(site, x[data]).chunk(site.module.groups, dim=2)
+        return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
+
+    def _patches(self, site: Site, x: Tensor) -> Tensor:
+        return patches(x, self._geometry(site))
+
+    def _geometry(self, site: Site) -> Geometry:
+        try:
+            return Geometry.of(site.module, site.in_shape, site.out_shape)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{site.label}: its output is not that of its own numbers: {error}. Did they change "
+                "after the forward pass?"
+            ) from error
+
     def _has_patches(self) -> bool:
         """Whether its inputs are the patches, as a subclass's need not be."""
         cls = type(self)
-        own = (cls.inputs, getattr(cls, "_patches", None), cls._pixels)
-        transposed = ConvTransposeRule.inputs, None, _SpatialRule._pixels
-        return own in ((ConvRule.inputs, ConvRule._patches, _SpatialRule._pixels), transposed)
+        return (cls.inputs, cls._patches, cls._pixels) == (
+            *(_SpatialRule.inputs, _SpatialRule._patches, _SpatialRule._pixels),
+        )
 
     def mean_inputs(self, site: Site) -> Tensor | None:
         """Return the means of the patches over each image's pixels; None for inputs of integers."""
         x = self._check(site)
         if not x.is_floating_point() or not self._has_patches():
             return None
-        means = patch_means(x, Geometry.of(site.module, x.shape, site.out_shape))
+        means = patch_means(x, self._geometry(site))
         return self._pixels(site, means.unsqueeze(1), site.module.groups)
 
     def moment_size(self, site: Site) -> int | None:
@@ -130,7 +153,7 @@ class _SpatialRule(Rule):
     ) -> InputMoment | None:
         """Return the sums of patches and of their outer products, see `backpack_ext.conv_factors`."""
         x = self._check(site)
-        geometry = Geometry.of(site.module, x.shape, site.out_shape)
+        geometry = self._geometry(site)
         if formed and product_is_faster(len(x), x.shape[1], geometry, x.device.type):
             return None
         # how the patches would be read as those of the data: each once, or by all data
@@ -158,27 +181,6 @@ class _SpatialRule(Rule):
 class ConvRule(_SpatialRule):
     """``nn.Conv1d`` to ``nn.Conv3d``: a position is an output pixel, an input its patch."""
 
-    def inputs(self, site: Site) -> Tensor:
-        """Return the patches ``a[g,n,s,(c k)]``; any stride, dilation, padding and padding mode."""
-        x = self._check(site)
-        return self._pixels(site, self._patches(site.module, x), site.module.groups)
-
-    def inputs_of(self, site: Site, data: slice) -> Tensor | None:
-        """Return the patches of some of the data, where each datum is one image."""
-        x = self._check(site)
-        if site.broadcast or site.sharing is not None or len(x) != site.batch:
-            return None
-        if not self._has_patches():
-            return None
-        u = self._patches(site.module, x[data]).chunk(site.module.groups, dim=2)
-        return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
-
-    def _patches(self, m: nn.Module, x: Tensor) -> Tensor:
-        widths = padding_widths(m)
-        if any(widths):
-            x = F.pad(x, widths, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
-        return patches(x, m.kernel_size, m.stride, m.dilation)
-
     def weight_axes(self, module: nn.Module) -> Axes:
         """Return ``(g o) i k -> g o (i k)``."""
         k = _KERNEL_AXES[: self.dims]
@@ -189,13 +191,6 @@ class ConvRule(_SpatialRule):
 
 class ConvTransposeRule(_SpatialRule):
     """``nn.ConvTranspose1d`` to ``3d``: the convolution of the zero-stuffed input."""
-
-    def inputs(self, site: Site) -> Tensor:
-        """Return ``a[g,n,s,(c k)]``: for each output pixel the inputs that kernel entries meet."""
-        m, x = site.module, self._check(site)
-        pixels = site.out_shape[2:]
-        t = transposed_patches(x, m.kernel_size, m.stride, m.padding, m.dilation, pixels)
-        return self._pixels(site, t, m.groups)
 
     def weight_axes(self, module: nn.Module) -> Axes:
         """Return ``(g i) o k -> g o (i k)``: the stored weight has input channels first."""

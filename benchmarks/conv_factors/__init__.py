@@ -1,5 +1,4 @@
 """Input factors of convolutions by every method, and where the method chosen was not the fastest.
 
-``python -m benchmarks.conv_factors`` measures the parts: modules here with ``CASES``, ``run`` and
-``METHODS``, the latter the methods that every case has.
+``python -m benchmarks.conv_factors`` measures the parts: modules here with ``CASES`` and ``run``.
 """

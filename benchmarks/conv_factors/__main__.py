@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from benchmarks import report
 from benchmarks.__main__ import RESULTS, _threads
 
-PARTS = tuple(p for p in ("reduce", "expand") if find_spec(f"benchmarks.conv_factors.{p}"))
+PARTS = ("reduce", "expand")
 # A choice that takes that much longer than the fastest method is printed.
 SLOWER = 1.15
 
@@ -69,7 +68,8 @@ def _run(part: str, args: argparse.Namespace) -> list[dict]:
     for case in module.CASES:
         if args.cases and not any(text in case.name for text in args.cases):
             continue
-        row = module.run(case, batch, seconds, rounds, sync, args.device, args.channels_last)
+        where = {"device": args.device, "channels_last": args.channels_last}
+        row = module.run(case, batch, seconds, rounds, sync, **where)
         rows.append(row)
         print(text(row), flush=True)
     print(f"\n{part}: {summary(rows)}\n")

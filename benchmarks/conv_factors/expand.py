@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from backpack_ext.conv_factors import Geometry
 from backpack_ext.conv_factors.choice import best_level, seconds
-from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.moments import moment
+from backpack_ext.conv_factors.unfold import patches
 from backpack_ext.normal import gram
-from backpack_ext.rules.patches import patches, transposed_patches
 from benchmarks.conv_factors.cases import Case, conv, transposed
-from benchmarks.timing import Variant, interleave, summary
+from benchmarks.conv_factors.measuring import BASELINE, drawn, timed
 
 # The first three are those of the literature; then a small CNN and a ResNet-18 on 32 x 32 pixels.
 CASES = (
@@ -45,71 +44,23 @@ CASES = (
 )
 
 
-def unfolded(x: Tensor, module: nn.Module) -> Tensor:
+def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
     """Return the moment ``[g, (c k), (c k)]`` by forming all patches."""
-    m = module
-    if m.transposed:
-        pixels = m(x[:1]).shape[2:]
-        u = transposed_patches(x, m.kernel_size, m.stride, m.padding, m.dilation, pixels)
-    else:
-        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-        x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
-        u = patches(x, m.kernel_size, m.stride, m.dilation)
-    parts = [part.flatten(2).flatten(0, 1) for part in u.chunk(m.groups, dim=2)]
-    return gram(torch.stack(parts) if m.groups > 1 else parts[0].unsqueeze(0))
-
-
-METHODS = {"unfold": unfolded}
+    parts = patches(x, geometry).chunk(geometry.groups, dim=2)
+    return gram(torch.stack([part.flatten(2).flatten(0, 1) for part in parts]))
 
 
 def methods_of(case: Case, geometry: Geometry) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the ways by name: `METHODS`, and each level that is thought of."""
-    found = {name: lambda x, method=method: method(x, case.module) for name, method in METHODS.items()}
+    """Return the ways by name: unfolding, and each level that is thought of."""
+    found = {BASELINE: lambda x: unfolded(x, geometry)}
     for level in range(len(geometry.dimensions) + 1):
-        if seconds(1, case.channels, geometry, level) == float("inf"):
-            continue
-        found[f"level {level}"] = lambda x, level=level: moment(x, geometry, level)
+        if seconds(1, case.channels, geometry, level) < float("inf"):
+            found[f"level {level}"] = lambda x, level=level: moment(x, geometry, level)
     return found
 
 
-@torch.no_grad()
-def run(
-    case: Case,
-    batch: int,
-    seconds: float,
-    rounds: tuple[int, int],
-    sync: Callable[[], None],
-    device: str = "cpu",
-    channels_last: bool = False,
-) -> dict:
-    """Time all methods on a case, interleaved.
-
-    Args:
-        case: The convolution.
-        batch: Number of images N.
-        seconds: Begin no further round after this time.
-        rounds: Smallest and largest number of rounds.
-        sync: Waits for the device.
-        device: Where.
-        channels_last: Whether the channels are the input's last axis in memory.
-
-    Returns:
-        Name of the case, of the method that was chosen, and the seconds of each (median).
-    """
-    case.module.to(device)
-    x = torch.randn(batch, case.channels, *case.sizes, device=device)
-    if channels_last:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    geometry = Geometry.of(case.module, x.shape, case.module(x[:1]).shape)
+def run(case: Case, batch: int, *limits, device: str = "cpu", channels_last: bool = False) -> dict:
+    """Time all methods on a case; see `measuring.drawn` and `measuring.timed`."""
+    x, geometry = drawn(case, batch, device, channels_last)
     chosen = f"level {best_level(batch, case.channels, geometry, x.device.type)}"
-    methods = methods_of(case, geometry)
-    variants = {name: Variant(lambda method=method: method(x)) for name, method in methods.items()}
-    for variant in variants.values():
-        variant.warm_up(sync)
-    times = interleave(variants, chosen, sync, seconds, rounds)
-    return {
-        "case": case.name,
-        "chosen": chosen,
-        "baseline": "unfold",
-        "seconds": {name: summary(values)[1] for name, values in times.items()},
-    }
+    return timed(case, x, methods_of(case, geometry), chosen, *limits)

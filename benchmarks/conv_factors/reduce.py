@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from backpack_ext.conv_factors import Geometry, patch_means
-from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, Plan, cheapest, plans_of
-from backpack_ext.rules.patches import patches, transposed_patches
+from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, cheapest, plans_of
+from backpack_ext.conv_factors.unfold import patches
 from benchmarks.conv_factors.cases import Case, conv, transposed
-from benchmarks.timing import Variant, interleave, summary
+from benchmarks.conv_factors.measuring import BASELINE, drawn, timed
 
 # The first five are those of the literature.
 CASES = (
@@ -42,70 +40,18 @@ CASES = (
 )
 
 
-def unfolded(x: Tensor, module: nn.Module) -> Tensor:
-    """Return patch means ``[R, C, K]`` by forming the patches."""
-    m = module
-    if m.transposed:
-        pixels = m(x[:1]).shape[2:]
-        return transposed_patches(x, m.kernel_size, m.stride, m.padding, m.dilation, pixels).mean(1)
-    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-    x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
-    return patches(x, m.kernel_size, m.stride, m.dilation).mean(1)
+def methods_of(geometry: Geometry) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the ways by name: unfolding, and each plan."""
+    found = {BASELINE: lambda x: patches(x, geometry).mean(1)}
+    for plan in plans_of(geometry):
+        found[str(plan)] = lambda x, plan=plan: patch_means(x, geometry, plan)
+    return found
 
 
-METHODS = {"unfold": unfolded}
-
-
-def methods_of(case: Case, geometry: Geometry) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the ways by name: `METHODS`, and each plan."""
-
-    def by(plan: Plan) -> Callable[[Tensor], Tensor]:
-        return lambda x: patch_means(x, geometry, plan)
-
-    found = {name: lambda x, method=method: method(x, case.module) for name, method in METHODS.items()}
-    return found | {str(plan): by(plan) for plan in plans_of(geometry)}
-
-
-@torch.no_grad()
-def run(
-    case: Case,
-    batch: int,
-    seconds: float,
-    rounds: tuple[int, int],
-    sync: Callable[[], None],
-    device: str = "cpu",
-    channels_last: bool = False,
-) -> dict:
-    """Time all methods on a case, interleaved.
-
-    Args:
-        case: The convolution.
-        batch: Number of images N.
-        seconds: Begin no further round after this time.
-        rounds: Smallest and largest number of rounds.
-        sync: Waits for the device.
-        device: Where.
-        channels_last: Whether the channels are the input's last axis in memory.
-
-    Returns:
-        Name of the case, of the method that was chosen, and the seconds of each (median).
-    """
-    case.module.to(device)
-    x = torch.randn(batch, case.channels, *case.sizes, device=device)
-    if channels_last:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    geometry = Geometry.of(case.module, x.shape, case.module(x[:1]).shape)
+def run(case: Case, batch: int, *limits, device: str = "cpu", channels_last: bool = False) -> dict:
+    """Time all methods on a case; see `measuring.drawn` and `measuring.timed`."""
+    x, geometry = drawn(case, batch, device, channels_last)
     last = channels_last and case.channels >= WIDE_CHANNELS
     costs = CPU if device == "cpu" else ACCELERATOR
     chosen = str(cheapest(geometry, batch * case.channels, costs, last))
-    methods = methods_of(case, geometry)
-    variants = {name: Variant(lambda method=method: method(x)) for name, method in methods.items()}
-    for variant in variants.values():
-        variant.warm_up(sync)
-    times = interleave(variants, chosen, sync, seconds, rounds)
-    return {
-        "case": case.name,
-        "chosen": chosen,
-        "baseline": "unfold",
-        "seconds": {name: summary(values)[1] for name, values in times.items()},
-    }
+    return timed(case, x, methods_of(geometry), chosen, *limits)
