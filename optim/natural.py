@@ -611,10 +611,7 @@ class NaturalGradient(CurvatureOptimizer):
         self, layer: Layer, factor: str, x: Tensor, scale: float, part: int | None
     ) -> StructuredMatrix:
         """Return what to keep of a moment; see `Statistics`."""
-        M, structure, dtype = self._coordinate(layer, factor)
-        if M is not None:
-            tensors = M.tensors if part is None else [t[part : part + 1] for t in M.tensors]
-            M = M.like(t.to(dtype) for t in tensors)
+        M, structure, dtype = self._coordinate_of_part(layer, factor, part)
         x = x.to(dtype)
         if x.dim() == 2:  # the diagonal of a one-hot input's
             diagonal = x * scale if M is None else M.tensors[0].square().mul_(x).mul_(scale)
@@ -627,10 +624,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def formed_moment(self, layer: Layer, factor: str, A: Tensor, part: int | None) -> StructuredMatrix:
         """Return what to keep of a moment ``A[g,d,d]`` that has been formed; see `Statistics`."""
-        M, structure, dtype = self._coordinate(layer, factor)
-        if M is not None:
-            tensors = M.tensors if part is None else [t[part : part + 1] for t in M.tensors]
-            M = M.like(t.to(dtype) for t in tensors)
+        M, structure, dtype = self._coordinate_of_part(layer, factor, part)
         return self._project_formed(M, A.to(dtype), structure)
 
     def forms_moment(self, layer: Layer, factor: str, rows: int) -> bool:
@@ -665,6 +659,16 @@ class NaturalGradient(CurvatureOptimizer):
             and (layer in self._buckets.of) == (first in self._buckets.of)
             for layer in layers
         )
+
+    def _coordinate_of_part(
+        self, layer: Layer, factor: str, part: int | None
+    ) -> tuple[StructuredMatrix | None, Structure, torch.dtype]:
+        """Return `_coordinate` in its data type; of one of a layer's matrices, unless part is None."""
+        M, structure, dtype = self._coordinate(layer, factor)
+        if M is not None:
+            tensors = M.tensors if part is None else [t[part : part + 1] for t in M.tensors]
+            M = M.like(t.to(dtype) for t in tensors)
+        return M, structure, dtype
 
     def _coordinate(
         self, layer: Layer, factor: str
