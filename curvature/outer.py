@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from curvature.block_diagonal import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 from curvature.hierarchical import _Hierarchical
 from curvature.panels import symmetric_product
-from curvature.structured import StructuredMatrix, accumulator, add_product_, leading_axes
-from curvature.toeplitz import DIRECT, _Toeplitz, _transform_length
+from curvature.structured import StructuredMatrix, add_product_, leading_axes
+from curvature.toeplitz import DIRECT, Convolution, _Toeplitz
 from curvature.triangular import _Triangular
 
 # Up to this dimension the product of a Toeplitz matrix with its transpose is held as a dense matrix.
@@ -248,19 +248,17 @@ class DiagonalPlusGram(Outer):
 class Fourier(Outer):
     r"""The transform of the first column (row) of a lower (upper) triangular Toeplitz matrix.
 
-    A product takes four transforms of length n >= 2 d - 1: what the first pair gives beyond d has to
-    be cut off before the second. (:math:`M M^T` is a Toeplitz matrix less the square of a Hankel
-    matrix; that takes four as well, since the square does.)
+    A product takes four transforms, see `Convolution`: what the first pair gives beyond d has to be cut
+    off before the second. (:math:`M M^T` is a Toeplitz matrix less the square of a Hankel matrix; that
+    takes four as well, since the square does.)
 
     Args:
         M: The Toeplitz matrix. From half types all is computed in float32.
     """
 
     def __init__(self, M: _Toeplitz):
-        self._length = _transform_length(2 * M.dim - 1)
-        self._mirrored, self._dtype = M.mirrored, M.dtype
-        (c,) = M.tensors
-        super().__init__(M.dim, torch.fft.rfft(c.to(accumulator(c.dtype)), self._length))
+        self._held, self._mirrored, self._dtype = Convolution(M.tensors[0]), M.mirrored, M.dtype
+        super().__init__(M.dim, self._held.f.squeeze(-2))
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
@@ -274,6 +272,8 @@ class Fourier(Outer):
     def rmatmul(self, X: Tensor) -> Tensor:
         """Return ``X M M^T``."""
         f, step = self.tensors[0], self._step(X)
+        if step >= X.shape[-2]:
+            return self._times(X).to(X.dtype)
         out = X.new_empty(*leading_axes(f.unsqueeze(-1), X), *X.shape[-2:])
         for k in range(0, X.shape[-2], step):
             out[..., k : k + step, :] = self._times(X[..., k : k + step, :])
@@ -284,19 +284,12 @@ class Fourier(Outer):
         if X.device.type != "cpu":
             return max(1, X.numel())
         matrices = max(1, self.tensors[0].shape[:-1].numel(), X.shape[:-2].numel())
-        return max(1, CHUNK // (self._length * matrices))
+        return max(1, CHUNK // (self._held.length * matrices))
 
     def _times(self, X: Tensor) -> Tensor:
         """Return ``X M M^T`` in the type of the transforms."""
-        n, d = self._length, self.dim
-        f = self.tensors[0].unsqueeze(-2)
-        back = f.conj().resolve_conj()
-        first, second = (f, back) if self._mirrored else (back, f)
-        F = torch.fft.rfft(X.to(accumulator(X.dtype)), n)
-        F = F.mul_(first) if leading_axes(f, X) == X.shape[:-2] else F * first
-        Y = torch.fft.irfft(F, n)
-        Y[..., d:] = 0
-        return torch.fft.irfft(torch.fft.rfft(Y).mul_(second), n)[..., :d]
+        first = not self._mirrored  # M^T, unless M is the transpose of what is held
+        return self._held.times(self._held.times(X, first), not first)
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``[*batch, d, d]``."""

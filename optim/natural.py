@@ -32,7 +32,7 @@ from optim.layers import Layer, Layers
 from optim.momentum import Product, momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
-from optim.rows import PRECONDITION, RowKeeper, Rows, matching_scale, probe
+from optim.rows import PRECONDITION, Match, RowKeeper, Rows, probe, scales_of
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, state_dtype
@@ -524,23 +524,25 @@ class NaturalGradient(CurvatureOptimizer):
 
         Also how many others there are. What is not finite is no product.
         """
-        found, checks, probes = {}, [], {}
-        for weight, rows in kept.items():
-            layer = rows.layer
-            if self._layers.of_weight(weight) is not layer or weight.grad is None:
-                continue
-            a, b, d = rows.inputs(rows.b.dtype), rows.b, layer.form.columns
-            if (d, b.dtype, b.device) not in probes:
-                probes[d, b.dtype, b.device] = probe(d, b, self._clock["step"])
-            grads = [self._grad(p) for p in layer.parameters]
-            checks.append(matching_scale(rows, grads, a, b, probes[d, b.dtype, b.device]))
-            found[layer] = b, a
-        if not found:
+        kept = {
+            rows.layer: rows
+            for weight, rows in kept.items()
+            if self._layers.of_weight(weight) is rows.layer and weight.grad is not None
+        }
+        if not kept:
             return {}, 0
-        device, dtype = checks[0].device, max((c.dtype for c in checks), key=lambda t: t.itemsize)
-        answers = torch.stack([c.to(device, dtype) for c in checks]).tolist()
-        answers = dict(zip(found, answers, strict=True))
-        right = {layer: (*found[layer], scale) for layer, (scale, fits) in answers.items() if fits}
+        found, matches, probes = {}, [], {}
+        longest = max(layer.form.columns for layer in kept)
+        for layer, rows in kept.items():
+            a, b = rows.inputs(rows.b.dtype), rows.b
+            like = b.dtype, b.device
+            if like not in probes:
+                probes[like] = probe(longest, b, self._clock["step"])
+            grads = [self._grad(p) for p in layer.parameters]
+            matches.append(Match(rows, grads, a, b, probes[like][:, : layer.form.columns]))
+            found[layer] = b, a
+        scales = dict(zip(found, scales_of(matches), strict=True))
+        right = {layer: (*pair, s) for layer, pair in found.items() if (s := scales[layer]) is not None}
         return right, len(found) - len(right)
 
     def _multiplied(

@@ -11,6 +11,7 @@ from curvature.outer import Dense, Fourier, Outer, TwoProducts, outer
 from curvature.panels import symmetric_product
 from curvature.structured import NaiveWarning
 from curvature.structures import STRUCTURES
+from curvature.toeplitz import Convolution, transform_length
 
 S = STRUCTURES
 SMALL = {"TOEPLITZ_DENSE": 0, "CHUNK": 1}  # small matrices take the route of large ones, row by row
@@ -112,6 +113,34 @@ def test_forms():
         assert type(outer(STRUCTURES[name].eye(700))) is form
     assert type(outer(STRUCTURES["lower-toeplitz"].eye(600))) is Dense
     assert type(outer(PackedLower([torch.ones(6)], 3))) is TwoProducts
+
+
+@pytest.mark.parametrize("name", ["lower-toeplitz", "upper-toeplitz"])
+@pytest.mark.parametrize("d", [5, 6, 7, 257])
+def test_ends_of_convolutions(name, d, monkeypatch):
+    """They meet in one number for d = 5, 257, and not for 6; no vectors at all are fine, too."""
+    monkeypatch.setattr("curvature.toeplitz.DIRECT", 4)
+    M = STRUCTURES[name]([torch.randn(2, d).double()], d)
+    D, X = M.to_dense(), torch.randn(2, 3, d).double()
+    meets = Convolution(M.tensors[0]).length == 2 * d - 2
+    assert meets == (d in (5, 257))
+    N = Fourier(M)
+    close(N.rmatmul(X), X @ D @ D.mT)
+    close(N.matmul(X.mT), D @ D.mT @ X.mT)
+    close(M @ X.mT, D @ X.mT)
+    close(M.matmul(X.mT, transpose=True), D.mT @ X.mT)
+    close(X @ M, X @ D)
+    close((M @ M).to_dense(), D @ D)
+    close(type(M).project_gram(X.mT).to_dense(), type(M).project(X.mT @ X).to_dense())
+    none = X[:, :0]
+    assert N.rmatmul(none).shape == (none @ M).shape == none.shape
+    assert not type(M).project_gram(none.mT).to_dense().any()
+
+
+def test_transform_lengths():
+    """The shortest one is not always the fastest: 1050 and 1620 take half as long again as these."""
+    pairs = ((1, 1), (2, 2), (1024, 1024), (1025, 1152), (1569, 1600), (1601, 2048), (1100, 1152))
+    assert all(transform_length(least) == n for least, n in pairs)
 
 
 @pytest.mark.parametrize("name", ["hierarchical", "rank-k-lower", "block-diagonal", "lower-toeplitz"])
