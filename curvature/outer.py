@@ -180,7 +180,52 @@ class Blocks(Outer):
         return out
 
 
-class Arrow(Outer):
+class DiagonalPlus(Outer):
+    r"""A diagonal plus products with few vectors, :math:`S = D + A^T B + E^T R`.
+
+    E selects the first and last entries of a vector, where D and A are zero: there R has
+    S's own rows.
+
+    Attributes:
+        cuts: Where the first entries end, and the last ones begin.
+    """
+
+    cuts: tuple[int, int]
+
+    @property
+    @abstractmethod
+    def epsilon(self) -> Tensor:
+        """The diagonal, ``[d]``."""
+
+    @property
+    @abstractmethod
+    def A(self) -> Tensor:
+        """As above, ``[m, d]``."""
+
+    @property
+    def ends(self) -> list[int]:
+        """The indices that E selects."""
+        return [*range(self.cuts[0]), *range(self.cuts[1], self.dim)]
+
+    @abstractmethod
+    def at(self, k: int) -> DiagonalPlus:
+        """Return the k-th of a stack of matrices, sharing memory."""
+
+    @abstractmethod
+    def meet_left(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``B X`` and ``R X`` for ``X[d, n]``, of a single matrix."""
+
+    @abstractmethod
+    def meet_right(self, X: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ``X B^T`` and ``X R^T`` for ``X[n, d]``, of a single matrix.
+
+        Args:
+            X: As above, without its last column if that is given.
+            last: ``[n, 1]``, or None.
+        """
+
+
+class Arrow(DiagonalPlus):
     r"""Dense first and last rows and columns, and a diagonal in the middle.
 
     .. math:: \begin{pmatrix} A & B & C \\ B^T & \operatorname{diag}(\epsilon) & D^T \\
@@ -197,7 +242,7 @@ class Arrow(Outer):
 
     def __init__(self, k1: int, rows: Tensor, epsilon: Tensor):
         d, m = rows.shape[-1], epsilon.shape[-1]
-        self._cuts = a, b = k1, k1 + m
+        self.cuts = a, b = k1, k1 + m
         middle = torch.zeros_like(rows)
         middle[..., a:b] = rows[..., a:b]
         super().__init__(d, rows, middle, pad(epsilon, (a, d - b)))
@@ -205,7 +250,7 @@ class Arrow(Outer):
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
         rows, middle, epsilon = self.tensors
-        a, b = self._cuts
+        a, b = self.cuts
         Y = epsilon.unsqueeze(-1) * X
         ends = torch.cat([X[..., :a, :], X[..., b:, :]], -2) if b < self.dim else X[..., :a, :]
         add_product_(Y, middle.mT, ends)
@@ -216,7 +261,7 @@ class Arrow(Outer):
     def rmatmul(self, X: Tensor) -> Tensor:
         """Return ``X M M^T``."""
         rows, middle, epsilon = self.tensors
-        a, b = self._cuts
+        a, b = self.cuts
         Y = epsilon.unsqueeze(-2) * X
         ends = torch.cat([X[..., :a], X[..., b:]], -1) if b < self.dim else X[..., :a]
         add_product_(Y, ends, middle)
@@ -224,8 +269,39 @@ class Arrow(Outer):
         Y[..., :a], Y[..., b:] = dense[..., :a], dense[..., a:]
         return Y
 
+    @property
+    def epsilon(self) -> Tensor:
+        """The diagonal of the middle."""
+        return self.tensors[2]
 
-class DiagonalPlusGram(Outer):
+    @property
+    def A(self) -> Tensor:
+        """The dense rows of the middle: B is E."""
+        return self.tensors[1]
+
+    def at(self, k: int) -> Arrow:
+        """Return the k-th of a stack of matrices, sharing memory."""
+        new = object.__new__(Arrow)
+        new.dim, new.cuts, new.tensors = self.dim, self.cuts, tuple(t[k] for t in self.tensors)
+        return new
+
+    def meet_left(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``E X`` and ``R X`` for ``X[d, n]``."""
+        a, b = self.cuts
+        return torch.cat([X[:a], X[b:]]), self.tensors[0] @ X
+
+    def meet_right(self, X: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ``X E^T`` and ``X R^T`` for ``X[n, d]``, or its last column apart."""
+        a, b = self.cuts
+        rows, n = self.tensors[0], X.shape[1]
+        dense, few = rows[:, :n] @ X.mT, [X[:, :a], X[:, b:]]
+        if last is not None:
+            dense.addmm_(rows[:, n:], last.mT)
+            few += [last] if n in self.ends else []
+        return torch.cat(few, dim=1), dense.mT
+
+
+class DiagonalPlusGram(DiagonalPlus):
     r""":math:`\operatorname{diag}(\epsilon) + W^T W`, held as ``W[k, d]`` and ``epsilon[d]``.
 
     It is what the transpose of a hierarchical matrix, with dense first and last columns, gives.
@@ -233,6 +309,33 @@ class DiagonalPlusGram(Outer):
 
     def __init__(self, W: Tensor, epsilon: Tensor):
         super().__init__(W.shape[-1], W, epsilon)
+        self.cuts = 0, self.dim
+
+    @property
+    def epsilon(self) -> Tensor:
+        """The diagonal."""
+        return self.tensors[1]
+
+    @property
+    def A(self) -> Tensor:
+        """W, and so is B."""
+        return self.tensors[0]
+
+    def at(self, k: int) -> DiagonalPlusGram:
+        """Return the k-th of a stack of matrices, sharing memory."""
+        return DiagonalPlusGram(*(t[k] for t in self.tensors))
+
+    def meet_left(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``W X``, and no row more, for ``X[d, n]``."""
+        return self.tensors[0] @ X, X[:0]
+
+    def meet_right(self, X: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ``X W^T``, and no column more, for ``X[n, d]``, or its last column apart."""
+        W, n = self.tensors[0], X.shape[1]
+        few = W[:, :n] @ X.mT
+        if last is not None:
+            few.addmm_(W[:, n:], last.mT)
+        return few.mT, X[:, :0]
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""

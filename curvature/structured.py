@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -23,6 +23,9 @@ from torch import distributed as dist
 from curvature.distributed import all_reduce
 
 Self = TypeVar("Self", bound="StructuredMatrix")
+
+# Numbers whose squares are formed at once.
+PART = 2**18
 
 
 class NaiveWarning(UserWarning):
@@ -334,10 +337,14 @@ class StructuredMatrix(ABC):
         """
         self._check_same(other, "add_")
         self._check_batch(other.batch_shape, "add_", grow=False)
-        if isinstance(alpha, Tensor):
-            other, alpha = other * alpha, 1.0
-        for t, u in zip(self.tensors, other.tensors, strict=True):
-            t.add_(u, alpha=alpha)
+        factors = self._factors(alpha, "add_", grow=False)
+        for t, u, f in zip(self.tensors, other.tensors, factors, strict=True):
+            if not isinstance(f, Tensor):
+                t.add_(u, alpha=f)
+            elif f.dtype == t.dtype:
+                t.addcmul_(u, f)
+            else:
+                t.add_((u * f).to(t.dtype))
         return self
 
     def add_identity_(self: Self, alpha: float = 1.0) -> Self:
@@ -646,8 +653,13 @@ def add_product_(Y: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
 def square_sum(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     """Return the sum of squares over the last axes, in float32 for half types.
 
-    Nothing of the size of ``t`` is formed. Over other axes this is 30 times slower than needed.
+    Nothing of the size of ``t`` is formed.
     """
+    if dims == -1 and t.device.type == "cpu" and t.stride(-1) != 1 and t.numel():
+        # norms along an axis that is not the last in memory take up to 30 times as long
+        step = max(1, PART * t.shape[-1] // t.numel())
+        parts = (part.to(accumulator(t.dtype)).square().sum(-1) for part in t.split(step, -1))
+        return reduce(Tensor.add_, parts)
     return torch.linalg.vector_norm(t, dim=dims, dtype=accumulator(t.dtype)).square_()
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from curvature import DiagonalMatrix, StructuredMatrix
 from optim.bucket import Bucket, Slot
+from optim.directions import Direction
 from optim.inverses import INVERTIBLE, damped_inverse, eigenbasis, pi_ratio
 from optim.layers import Layer
-from optim.momentum import Product
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, whole
@@ -223,14 +223,14 @@ class KFAC(NaturalGradient):
     def _takes_rows(self, group: dict) -> bool:
         return group["inverse"] == "pi"
 
-    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Product]]]:
+    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Direction]]]:
         """Yield parameters with preconditioned gradients, shortened as ``kl_clip`` says."""
         found = super()._directions(layers)
         if self.kl_clip is None:
             yield from found
             return
         buckets = [
-            [(p, n.tensor() if isinstance(n, Product) else n) for p, n in directions]
+            [(p, n.tensor() if isinstance(n, Direction) else n) for p, n in directions]
             for directions in found
         ]
         terms = [

@@ -8,58 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature import Axes
+from optim.directions import Direction
 from optim.sharded import local
 from optim.state import state_dtype
 
 
-class Product:
-    r"""A direction that is not formed yet, :math:`N = s\, b^T a`: it may be added where it is needed.
-
-    Args:
-        b: ``[g,r,o]``.
-        a: ``[g,r,i]``.
-        scale: The factor s.
-        axes: How the parameter's axes form ``[g,o,i]``.
-    """
-
-    def __init__(self, b: Tensor, a: Tensor, scale: float, axes: Axes):
-        self.b, self.a, self.scale, self.axes = b, a, scale, axes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its data type."""
-        return self.b.dtype
-
-    def neg_(self) -> Product:
-        """Change the sign, in place."""
-        self.scale = -self.scale
-        return self
-
-    def tensor(self) -> Tensor:
-        """Return N in new memory, shaped like the parameter."""
-        b = self.b if self.scale == 1 else self.b * self.scale
-        # for a single matrix a plain product is faster than a batched one
-        N = (b[0].mT @ self.a[0]).unsqueeze(0) if len(b) == 1 else b.mT @ self.a
-        return self.axes.to_parameter(N)
-
-    def add_to_(self, V: Tensor, factor: float) -> bool:
-        r"""Change V, shaped like the parameter, to :math:`\text{factor}\, V + N` in one pass.
-
-        Returns:
-            Whether its memory is laid out for that. If not, nothing has changed.
-        """
-        M = self.axes.to_matrix(V)
-        if V.dtype != self.dtype or V.device != self.b.device or M.data_ptr() != V.data_ptr():
-            return False
-        for view, b, a in zip(M, self.b, self.a, strict=True):
-            view.addmm_(b.mT, a, beta=factor, alpha=self.scale)
-        return True
-
-
 def momentum_step(
     p: Tensor,
-    n: Tensor | Product,
+    n: Tensor | Direction,
     state: dict[str, Any],
     *,
     lr: float,
@@ -73,7 +29,7 @@ def momentum_step(
 
     Args:
         p: The parameter W.
-        n: The direction N, shaped like it, which is overwritten; or a product that gives it.
+        n: The direction N, shaped like it, which is overwritten; or one that is not formed yet.
         state: The parameter's state; V is its ``"momentum_buffer"``, in the parameter's data type but
             at least float32, and absent without momentum.
         lr: Step size eta.
@@ -85,7 +41,7 @@ def momentum_step(
     if new:
         V = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
         state["momentum_buffer"] = V
-    if isinstance(n, Product):
+    if isinstance(n, Direction):
         V = state.get("momentum_buffer")
         if momentum and not new and V.dtype == dtype and n.add_to_(V, momentum):
             if weight_decay:

@@ -25,11 +25,12 @@ from optim.bucket import Bucket, Slot
 from optim.buckets import FALLBACK, JOINED, REFUSED, WEIGHT, Buckets
 from optim.checkpoint import CLOCK, check_saved, loaded_entry, with_clock
 from optim.costs import of_gradient, of_rows
+from optim.directions import Direction, Product
 from optim.exchange import Exchange
 from optim.fallback import Fallback
 from optim.labels import labels
 from optim.layers import Layer, Layers
-from optim.momentum import Product, momentum_step
+from optim.momentum import momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
 from optim.rows import PRECONDITION, Match, RowKeeper, Rows, probe, scales_of
@@ -413,7 +414,7 @@ class NaturalGradient(CurvatureOptimizer):
         if others:
             self._fall_back(others)
 
-    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Product]]]:
+    def _directions(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, Tensor | Direction]]]:
         """Yield parameters with preconditioned gradients, bucket by bucket, so that few are held."""
         buckets = self._buckets.sort(dict.fromkeys(layers))
         received: dict[int, list[Tensor]] = {}
@@ -431,17 +432,17 @@ class NaturalGradient(CurvatureOptimizer):
         for bucket, found in buckets:
             products = [self._products.pop(layer, None) for layer in bucket.layers]
             whole = None not in products and len({b.shape for b, _, _ in products}) == 1
-            scales = None if received or whole or bucket.is_small else self._scales(bucket)
+            parts = None
             if whole:
                 parts = self._multiplied(bucket, products)
-            elif scales is not None:
-                parts = self._scaled(bucket, *scales)
-            else:
+            elif not (received or bucket.is_small):
+                parts = self._layerwise(bucket)
+            if parts is None:
                 N = received[bucket.owner].pop(0) if received else self._preconditioned(bucket)
                 N = [N.unsqueeze(0)] if bucket.single else N.split(bucket.form.groups)
                 parts = [layer.split(part) for layer, part in zip(bucket.layers, N, strict=True)]
             directions = [
-                (p, n if isinstance(n, Product) else like_parameter(n, p))
+                (p, n if isinstance(n, Direction) else like_parameter(n, p))
                 for layer, part in zip(bucket.layers, parts, strict=True)
                 if layer in found
                 for p, n in zip(layer.parameters, part, strict=True)
@@ -452,19 +453,12 @@ class NaturalGradient(CurvatureOptimizer):
                     n.neg_()
             yield directions
 
-    def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
-        """Return vectors that rows and columns of gradients are multiplied with, if that is all.
+    def _layerwise(self, bucket: Bucket) -> Iterator[tuple[Tensor | Direction, ...]] | None:
+        """Yield preconditioned gradients layer by layer, weight and bias apart.
 
-        ``[(L g), o]`` and ``[(L g), i]``.
+        None if they are better stacked, and joined, first.
         """
         return None
-
-    def _scaled(self, bucket: Bucket, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield gradients with rows and columns scaled, layer by layer, weight and bias apart."""
-        g = bucket.form.groups
-        for k, layer in enumerate(bucket.layers):
-            rows, columns = (v[k * g : (k + 1) * g] for v in (left, right))
-            yield layer.scaled([self._grad(p) for p in layer.parameters], rows, columns)
 
     def _grad(self, p: Tensor) -> Tensor:
         """Return a parameter's whole gradient; what a pass has not reached counts as zero."""
@@ -547,7 +541,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _multiplied(
         self, bucket: Bucket, products: Sequence[tuple[Tensor, Tensor, float]]
-    ) -> Iterator[tuple[Tensor | Product, ...]]:
+    ) -> Iterator[tuple[Tensor | Direction, ...]]:
         """Yield preconditioned gradients from rows, layer by layer, weight and bias apart."""
         b, a = (
             (ts[0] if len(ts) == 1 else torch.cat(ts)).to(bucket.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,13 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from curvature import DiagonalMatrix, StructuredMatrix
-from curvature.outer import outer, outer_for_few
+from curvature.outer import DiagonalPlus, Outer, outer, outer_for_few
 from optim.bucket import Bucket, Slot
+from optim.directions import Direction, Part, TwoSided
 from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_number
+from optim.sharded import is_sharded
 from optim.structure import Structure
 from optim.updates import ikfac, projected_matrix, projected_moment, singd
 
@@ -64,11 +66,14 @@ class InverseFree(NaturalGradient):
         return float(value)
 
     def _precondition(self, bucket: Bucket, group: dict, G: Tensor) -> Tensor:
+        left, right = self._cached(bucket, *self._makes(bucket))
+        return right.rmatmul(left.matmul(G))
+
+    def _makes(self, bucket: Bucket) -> tuple[Callable[[StructuredMatrix], Outer], ...]:
+        """Return what to hold of C and of K to multiply gradients with."""
         o, i = bucket.form.rows, bucket.form.columns
         # a large side that meets few vectors, such as the inputs of a layer with ten outputs
-        makes = (outer_for_few if i < o / 2 else outer), (outer_for_few if o < i / 2 else outer)
-        left, right = self._cached(bucket, *makes)
-        return right.rmatmul(left.matmul(G))
+        return (outer_for_few if i < o / 2 else outer), (outer_for_few if o < i / 2 else outer)
 
     def _cached(self, bucket: Bucket, *makes: Callable[[StructuredMatrix], Any]) -> tuple[Any, Any]:
         """Return what two functions make of C and of K, once for as long as these stay."""
@@ -83,12 +88,46 @@ class InverseFree(NaturalGradient):
         left, right = self._cached(bucket, outer_for_few, outer_for_few)
         return left.rmatmul(b), right.rmatmul(a)
 
-    def _scales(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
+    def _layerwise(self, bucket: Bucket) -> Iterator[tuple[Tensor | Direction, ...]] | None:
         K, C = bucket.matrices["K"], bucket.matrices["C"]
-        if not (isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix)):
-            return None
-        squares = self._cached(bucket, _squares, _squares)
-        return tuple(t.unsqueeze(0) for t in squares) if bucket.single else squares
+        if isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix):
+            squares = self._cached(bucket, _squares, _squares)
+            return self._scaled(bucket, *squares)
+        sides = self._cached(bucket, *self._makes(bucket))
+        if all(isinstance(side, DiagonalPlus) for side in sides):
+            return self._two_sided(bucket, *sides)
+        return None
+
+    def _scaled(self, bucket: Bucket, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield gradients whose rows and columns are multiplied with vectors."""
+        if bucket.single:
+            left, right = left.unsqueeze(0), right.unsqueeze(0)
+        g = bucket.form.groups
+        for k, layer in enumerate(bucket.layers):
+            rows, columns = (v[k * g : (k + 1) * g] for v in (left, right))
+            yield layer.scaled([self._grad(p) for p in layer.parameters], rows, columns)
+
+    def _two_sided(
+        self, bucket: Bucket, C: DiagonalPlus, K: DiagonalPlus
+    ) -> Iterator[tuple[Tensor | Direction, ...]]:
+        """Yield gradients as sums of what can be added to momenta at once."""
+        form = bucket.form
+        for k, layer in enumerate(bucket.layers):
+            grads = [self._grad(p).to(bucket.dtype) for p in layer.parameters]
+            G = form.axes.to_matrix(grads[0])
+            bias = [None] * form.groups
+            if layer.bias is not None:
+                bias = form.bias_axes.to_matrix(grads[1])
+            places = range(k * form.groups, (k + 1) * form.groups)
+            sides = [(C, K) if bucket.single else (C.at(j), K.at(j)) for j in places]
+            parts = [Part(*pair, M, b) for pair, M, b in zip(sides, G, bias, strict=True)]
+            found: Tensor | Direction = TwoSided(parts, form.axes)
+            if any(map(is_sharded, layer.parameters)):
+                found = found.tensor()
+            if layer.bias is None:
+                yield (found,)
+            else:
+                yield found, form.bias_axes.to_parameter(torch.stack([part.bias for part in parts]))
 
     def _check_group(self, group: dict) -> None:
         name = type(self).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from curvature import StructuredMatrix
@@ -150,10 +151,8 @@ def _moved(K: Structured, m: Structured, lr_cov: float, normalize: bool) -> Stru
     """Return ``K - lr_cov K m``, the step divided by the norm of m where that is above one."""
     step = K @ m
     if normalize:
-        step.mul_(-lr_cov / m.norm().clamp(min=1))
-    else:
-        step.mul_(-lr_cov)
-    return step.add_(K)
+        return step.mul_(-lr_cov / m.norm().clamp(min=1)).add_(K)
+    return K.like(torch.add(t, u, alpha=-lr_cov) for t, u in zip(K.tensors, step.tensors, strict=True))
 
 
 def mean_trace(M: StructuredMatrix) -> Tensor:
