@@ -243,7 +243,7 @@ class Arrow(DiagonalPlus):
     def __init__(self, k1: int, rows: Tensor, epsilon: Tensor):
         d, m = rows.shape[-1], epsilon.shape[-1]
         self.cuts = a, b = k1, k1 + m
-        middle = torch.zeros_like(rows)
+        middle = _aligned_zeros(rows, *rows.shape)
         middle[..., a:b] = rows[..., a:b]
         super().__init__(d, rows, middle, pad(epsilon, (a, d - b)))
 
@@ -399,6 +399,14 @@ class Fourier(Outer):
         return self.matmul(torch.eye(self.dim, dtype=self._dtype, device=self.tensors[0].device))
 
 
+def _aligned_zeros(like: Tensor, *shape: int) -> Tensor:
+    """Return zeros whose rows begin at multiples of 16 numbers in memory.
+
+    Products with some of their columns take a quarter longer on CPU otherwise.
+    """
+    return like.new_zeros(*shape[:-1], -(-shape[-1] // 16) * 16)[..., : shape[-1]]
+
+
 def _times_transpose(X: Tensor, rows: Tensor) -> Tensor:
     """Return ``X rows^T`` for few rows.
 
@@ -440,11 +448,11 @@ def _(M: _Hierarchical) -> Outer:
     a, b = M._cuts
     square = delta.square()
     if M.mirrored:
-        W = T.new_zeros(*T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
+        W = _aligned_zeros(T, *T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
         W[..., :a, :], W[..., a:, a:] = T, U
         return DiagonalPlusGram(W, pad(square, (a, M.dim - b)))
     m = b - a
-    R = T.new_zeros(*T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
+    R = _aligned_zeros(T, *T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
     scaled = delta.unsqueeze(-2)
     R[..., :a, :a] = T @ T.mT
     R[..., :a, a:b] = T[..., a:b] * scaled

@@ -87,12 +87,10 @@ class TwoSided(Direction):
 
     Both sides are a diagonal plus products with few vectors, :math:`S = D + A^T B + E^T R`, see
     `DiagonalPlus`. With the two products of these vectors with G that are as large as it, which are
-    taken at once, N is a scaled gradient plus one product of low rank, and a border:
+    taken at once, N is a scaled gradient plus two products of low rank, and a border:
 
     .. math::
-        N = D_C G D_K + \begin{pmatrix} A_C^T & S_C G B_K^T \end{pmatrix}
-            \begin{pmatrix} B_C G D_K \\ A_K \end{pmatrix}
-            + E_C^T R_C G D_K + S_C G R_K^T E_K
+        N = D_C G D_K + A_C^T (B_C G D_K) + (S_C G B_K^T) A_K + E_C^T (R_C G D_K) + (S_C G R_K^T) E_K
 
     Args:
         parts: One for each matrix of the layer.
@@ -143,8 +141,7 @@ class Part:
             self.bias = C.matmul(bias * K.epsilon[n:] + few @ K.A[:, n:])
         few, dense = C.meet_left(G)  # B G, R G
         self.rows = dense * self.right
-        self.U = torch.cat([C.A.mT, N[:, :count]], dim=1)
-        self.W = torch.cat([few * self.right, K.A[:, :n]])
+        self.low_rank = (C.A.mT, few * self.right), (N[:, :count], K.A[:, :n])
 
     def scaled(self, scale: float) -> Tensor:
         """Return ``scale D_C G D_K`` in new memory."""
@@ -152,7 +149,8 @@ class Part:
 
     def add_rest_(self, T: Tensor, scale: float) -> Tensor:
         """Add ``scale`` times all the other terms."""
-        T.addmm_(self.U, self.W, alpha=scale)
+        for pair in self.low_rank:  # joining them takes longer than a second pass over T
+            T.addmm_(*pair, alpha=scale)
         n, (a, b) = T.shape[1], self.C_cuts
         if len(self.rows):
             T[:a].add_(self.rows[:a], alpha=scale)
