@@ -13,7 +13,7 @@ from optim.bucket import Bucket, Slot
 from optim.labels import labels
 from optim.layers import Layer, Layers
 from optim.placement import Alone, Group
-from optim.structure import DIAGONAL, Structure, structures_of
+from optim.structure import DIAGONAL, Structure
 
 if TYPE_CHECKING:
     from optim.natural import NaturalGradient
@@ -173,7 +173,7 @@ class Buckets:
         if group is None:
             self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
             group = self.group_of[layer.weight]
-        first, second = structures_of(self.name, group["structure"], self.optimizer.structures)
+        first, second = self.optimizer.sides_of_group(group)
         return (DIAGONAL if layer.form.one_hot else first), second
 
     def dtype_of(self, layer: Layer) -> torch.dtype:

@@ -17,12 +17,15 @@ from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, whole
+from optim.shared import shows_options
+from optim.singd import SINGD
 from optim.structure import DIAGONAL, Structure
 from optim.updates import projected_matrix, projected_moment
 
 INVERSES = ("pi", "exact")
 
 
+@shows_options(NaturalGradient, SINGD)
 class KFAC(NaturalGradient):
     r"""Gradient descent preconditioned by KFAC's damped inverse.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from abc import abstractmethod
@@ -157,6 +158,8 @@ class NaturalGradient(CurvatureOptimizer):
         self._rounding: dict[tuple[str, torch.device], tuple] = {}  # generators of this step
         self.rows = RowKeeper(self)
         self._products: dict[Layer, tuple[Tensor, Tensor, float]] = {}  # of this step, see `_checked`
+        # structures of groups, by their id, and how they were written
+        self._sides: dict[int, tuple[Any, tuple[Structure, Structure] | None]] = {}
 
     # ------------------------------------------------------------------ what subclasses say
 
@@ -247,7 +250,11 @@ class NaturalGradient(CurvatureOptimizer):
         """Return what the next backward pass has to run with.
 
         Nothing between refreshes, unless layers' gradients are preconditioned as rows.
+
+        Raises:
+            ValueError: If a group's structure has been changed.
         """
+        self._check_structures()
         due, found = self._due(), ()
         if due or self._lost:
             found = (self.statistics,)
@@ -299,7 +306,9 @@ class NaturalGradient(CurvatureOptimizer):
         Raises:
             RuntimeError: If a refresh is due and no backward pass has gathered statistics, or if a
                 gradient is sparse.
+            ValueError: If a group's structure has been changed.
         """
+        self._check_structures()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -483,7 +492,7 @@ class NaturalGradient(CurvatureOptimizer):
         if self.precondition == "gradient" or self.placement.size > 1:
             return False
         for group in self.param_groups:
-            sides = structures_of(type(self).__name__, group["structure"], self.structures)
+            sides = self.sides_of_group(group)
             if sides is None or not self._takes_rows(group):
                 continue
             if self.precondition == "rows" or sides != (DIAGONAL, DIAGONAL):
@@ -753,13 +762,36 @@ class NaturalGradient(CurvatureOptimizer):
         param_group = {**param_group, **clock}
         group = {**self.defaults, **param_group}
         self._check_group(group)
-        structures = structures_of(type(self).__name__, group["structure"], self.structures)
+        structures_of(type(self).__name__, group["structure"], self.structures)
         param_group.setdefault("base_lr", float(group["lr"]))
         super().add_param_group(param_group)
         self.param_groups[-1].update(self._generator_state())
-        if structures is not None:
+        if self.sides_of_group(self.param_groups[-1]) is not None:
             self._layers.wanted.update(self.param_groups[-1]["params"])
         self._buckets.outdate()
+
+    def sides_of_group(self, group: dict) -> tuple[Structure, Structure] | None:
+        """Return the structures of a group's layers, as they were when it was first asked for them."""
+        if id(group) not in self._sides:
+            value = copy.deepcopy(group["structure"])
+            self._sides[id(group)] = value, structures_of(type(self).__name__, value, self.structures)
+        return self._sides[id(group)][1]
+
+    def _check_structures(self) -> None:
+        """Refuse a group whose structure is not what its layers' matrices have.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for k, group in enumerate(self.param_groups):
+            sides, before = self.sides_of_group(group), self._sides[id(group)][0]
+            now = group["structure"]
+            if now != before and structures_of(type(self).__name__, now, self.structures) != sides:
+                raise ValueError(
+                    f"{type(self).__name__}: the structure of parameter group {k} was changed from "
+                    f"{before!r} to {now!r}; its layers' matrices are of the former. "
+                    "Make a new optimizer for another one."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: see `torch.optim.Optimizer.state_dict`.
@@ -793,6 +825,7 @@ class NaturalGradient(CurvatureOptimizer):
         try:
             with exact_loading(self, partial(loaded_entry, self.factor_dtype)):
                 super().load_state_dict(with_clock(state_dict))
+            self._sides = {}
             for p, state in self.state.items():
                 if state.get("kind") == REFUSED:  # as the saved optimizer has found
                     self._layers.refuse(p)

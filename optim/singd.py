@@ -19,6 +19,7 @@ from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_number
 from optim.sharded import is_sharded
+from optim.shared import shows_options
 from optim.structure import Structure
 from optim.updates import ikfac, projected_matrix, projected_moment, singd
 
@@ -283,8 +284,8 @@ class SINGD(Adaptive):
         normalize: Whether :math:`\beta_1` is divided by :math:`\max(1, \|m\|_F)`, and the brackets have
             :math:`\tfrac{1}{2} (1 - \alpha_1)` in front. It makes large ``lr_cov`` safe.
         joint_bias: Whether biases are columns of their weights. If not, the fallback trains them.
-        factor_dtype: Data type of K, C and their momenta; the parameter's, but at least float32, if
-            None. A refresh is computed in float32 or above.
+        factor_dtype: Data type of the factors, K, C and their momenta; the parameter's, but at least
+            float32, if None. A refresh is computed in float32 or above.
         fallback: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"rmsprop"``, or a class of optimizers.
         fallback_lr: Its step size, scaled as a schedule scales ``lr``, relative to the ``lr`` given
             here; the group's ``lr`` if None.
@@ -306,7 +307,7 @@ class SINGD(Adaptive):
             and the inputs a, one row for each position of each datum, so that
             :math:`C C^T G K K^T = (g C C^T)^T (a K K^T)`: less work where rows are fewer than the
             layer's inputs and outputs. ``"auto"``: for each layer what is less, by a count of
-            multiply-adds (`optim.costs`). See below.
+            multiply-adds (`optim.costs`). See "Rows" in `SINGD`.
 
     **Rows.** They are kept from the backward pass to the step, so ``extensions()`` is not empty between
     refreshes where a layer has them. Whatever is done to gradients in between is respected: each step
@@ -413,6 +414,7 @@ class SINGD(Adaptive):
         )
 
 
+@shows_options(NaturalGradient, SINGD)
 class INGD(Adaptive):
     r"""Inverse-free natural gradient descent: `SINGD` with dense K and C.
 
@@ -469,6 +471,7 @@ class INGD(Adaptive):
         super().__init__(model_or_params, defaults, lr_cov, interval=interval, **shared)
 
 
+@shows_options(NaturalGradient, SINGD)
 class IKFAC(InverseFree):
     r"""Inverse-free KFAC: K and C follow their own side of the curvature alone.
 

@@ -1,6 +1,7 @@
 """SINGD, INGD and IKFAC against dense matrices and plain autograd, and what theory says of them."""
 
 import copy
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -229,6 +230,45 @@ def test_add_param_group():
         oracle.step(case.scaled(parts))
     check(model, opt, oracle)
     assert opt.param_groups[1]["structure"] == "diagonal"
+
+
+@pytest.mark.parametrize("kind", [SINGD, IKFAC, KFAC])
+def test_the_structure_of_a_group_stays(kind):
+    """Another way to write it is fine, also after loading and in copies."""
+    case = CASES["mlp"]
+    model = extend(case.model())
+    opt = kind(model, structure=("block-diagonal", {"block": 2}), fisher="empirical")
+    train(case, model, opt, [case.parts([4])] * 2)
+    other = kind(model, structure=("block-diagonal", {"block": 2}), fisher="empirical")
+    other.load_state_dict(opt.state_dict())
+    for found in (opt, other, copy.deepcopy(opt)):
+        group = found.param_groups[0]
+        group["structure"] = [("block-diagonal", {"block": 2})] * 2
+        found.extensions()
+        for value in (("block-diagonal", {"block": 3}), "diagonal", None):
+            group["structure"] = value
+            for call in (found.extensions, found.step):
+                with pytest.raises(
+                    ValueError, match=f"{kind.__name__}: the structure of parameter group 0"
+                ):
+                    call()
+        group["structure"] = ("block-diagonal", {"block": 2})
+        group["structure"][1]["block"] = 3  # in place
+        with pytest.raises(ValueError, match="was changed from"):
+            found.step()
+
+
+@pytest.mark.parametrize("kind", [INGD, IKFAC, KFAC])
+def test_shared_options_are_visible(kind):
+    """In the signature, with the defaults that they have, and in the docstring."""
+    ours, theirs = (inspect.signature(cls).parameters for cls in (kind, SINGD))
+    assert "shared" not in ours and "shared" not in kind.__doc__
+    assert all(f"\n        {name}: " in kind.__doc__ for name in ours)
+    missing = theirs.keys() - ours.keys()
+    assert missing <= {"lr_cov", "alpha1", "structure", "normalize"}
+    assert all(ours[name].default == p.default for name, p in theirs.items() if name in ours)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        kind(extend(nn.Linear(2, 2)), colour="red")
 
 
 # -- fallback --------------------------------------------------------------------------------------
