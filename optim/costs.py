@@ -17,7 +17,7 @@ ENTRY = 80
 # What keeping and checking the rows of a large layer costs.
 LAYER = 25_000_000
 # A Fourier transform's operation takes several times as long as one of a matrix product.
-TRANSFORM = 44
+TRANSFORM = 38
 
 
 @lru_cache(maxsize=1024)
@@ -32,7 +32,7 @@ def of_vector(structure: Structure, d: int) -> float:
     block-diagonal                  d block
     hierarchical                    2 (k1 + k2) d
     rank-k                          2 k d
-    Toeplitz                        44 d log2(2 d), or d^2 where that is less
+    Toeplitz                        38 d log2(2 d), or d^2 where that is less
     a user's                        2 d^2
     =============================== ==========================================
     """

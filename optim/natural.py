@@ -25,8 +25,7 @@ from optim.base import CurvatureOptimizer
 from optim.bucket import Bucket, Slot
 from optim.buckets import FALLBACK, JOINED, REFUSED, WEIGHT, Buckets
 from optim.checkpoint import CLOCK, check_saved, loaded_entry, with_clock
-from optim.costs import of_gradient, of_rows
-from optim.directions import Direction, Product
+from optim.directions import Direction
 from optim.exchange import Exchange
 from optim.fallback import Fallback
 from optim.labels import labels
@@ -34,19 +33,21 @@ from optim.layers import Layer, Layers
 from optim.momentum import momentum_step
 from optim.placement import placement_of
 from optim.rounding import copy_rounded_, seeded_generator
-from optim.rows import PRECONDITION, Match, RowKeeper, Rows, probe, scales_of
+from optim.row_steps import PRECONDITION, Factors, RowSteps
+from optim.rows import RowKeeper
 from optim.schedules import Interval, check_interval, check_number, interval_at
 from optim.sharded import is_sharded, like_parameter, local, whole
 from optim.state import exact_loading, state_dtype
 from optim.statistics import Moments, Statistics
-from optim.structure import DIAGONAL, Structure, structures_of
+from optim.structure import Structure, structures_of
 
 
-class NaturalGradient(CurvatureOptimizer):
+class NaturalGradient(RowSteps, CurvatureOptimizer):
     """Base class: which layers there are, when to refresh, statistics, state, the step.
 
     Subclasses say which matrices a layer has (`slots`), what to keep of a moment (`_project`), how a
-    refresh changes the matrices (`_refresh`), and how they act on a gradient (`_precondition`).
+    refresh changes the matrices (`_refresh`), and how they act on a gradient (`_precondition`), or on
+    what it is a product of (`RowSteps`).
 
     Args:
         params: A module, its parameters, or parameter groups.
@@ -157,7 +158,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._lost: set[Tensor] = set()
         self._rounding: dict[tuple[str, torch.device], tuple] = {}  # generators of this step
         self.rows = RowKeeper(self)
-        self._products: dict[Layer, tuple[Tensor, Tensor, float]] = {}  # of this step, see `_checked`
+        self._products: dict[Layer, Factors] = {}  # of this step
         # structures of groups, by their id, and how they were written
         self._sides: dict[int, tuple[Any, tuple[Structure, Structure] | None]] = {}
 
@@ -198,23 +199,6 @@ class NaturalGradient(CurvatureOptimizer):
 
         In new memory, which the caller may overwrite.
         """
-
-    def _precondition_rows(
-        self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return rows whose product is the preconditioned product ``b^T a``, where `_takes_rows`.
-
-        Args:
-            bucket: The bucket.
-            group: Its layers' parameter group.
-            b: ``[(L g), r, o]``, without the axis for a single one.
-            a: ``[(L g), r, i]``, likewise.
-        """
-        raise NotImplementedError
-
-    def _takes_rows(self, group: dict) -> bool:
-        """Whether `_precondition` multiplies from the left and from the right, and no more."""
-        return True
 
     @abstractmethod
     def _project_formed(
@@ -484,91 +468,6 @@ class NaturalGradient(CurvatureOptimizer):
             G = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         del matrices
         return self._precondition(bucket, self._buckets.group(bucket), G)
-
-    # ------------------------------------------------------------------ rows
-
-    def _may_have_rows(self) -> bool:
-        """Whether some layers' gradients may be preconditioned as rows."""
-        if self.precondition == "gradient" or self.placement.size > 1:
-            return False
-        for group in self.param_groups:
-            sides = self.sides_of_group(group)
-            if sides is None or not self._takes_rows(group):
-                continue
-            if self.precondition == "rows" or sides != (DIAGONAL, DIAGONAL):
-                return True
-        return False
-
-    def wants_rows(self, layer: Layer, count: int) -> bool:
-        """Return whether to precondition a layer's gradient as the product of so many rows."""
-        K, C = self._buckets.sides_of(layer)
-        group = self._buckets.group_of[layer.weight]
-        if not self._takes_rows(group) or any(map(is_sharded, layer.parameters)):
-            return False
-        if self.precondition == "rows":
-            return True
-        if K == C == DIAGONAL:
-            return False
-        g, o, i = layer.form.groups, layer.form.rows, layer.form.columns
-        return of_rows(K, C, o, i, count * g) < g * of_gradient(K, C, o, i)
-
-    def layer_of(self, weight: Tensor) -> Layer | None:
-        """Return the layer of a weight, if it has one."""
-        return self._layers.of_weight(weight)
-
-    def rows_dtype(self, layer: Layer) -> torch.dtype:
-        """Return the data type in which rows are kept, and checked: the weight's, or the factors'."""
-        return torch.promote_types(self._buckets.dtype_of(layer), layer.weight.dtype)
-
-    def _checked(
-        self, kept: Mapping[Tensor, Rows]
-    ) -> tuple[dict[Layer, tuple[Tensor, Tensor, float]], int]:
-        """Return rows b and a, and a factor, of the layers whose gradients are these products.
-
-        Also how many others there are. What is not finite is no product.
-        """
-        kept = {
-            rows.layer: rows
-            for weight, rows in kept.items()
-            if self._layers.of_weight(weight) is rows.layer and weight.grad is not None
-        }
-        if not kept:
-            return {}, 0
-        found, matches, probes = {}, [], {}
-        longest = max(layer.form.columns for layer in kept)
-        for layer, rows in kept.items():
-            a, b = rows.inputs(rows.b.dtype), rows.b
-            like = b.dtype, b.device
-            if like not in probes:
-                probes[like] = probe(longest, b, self._clock["step"])
-            grads = [self._grad(p) for p in layer.parameters]
-            matches.append(Match(rows, grads, a, b, probes[like][:, : layer.form.columns]))
-            found[layer] = b, a
-        scales = dict(zip(found, scales_of(matches), strict=True))
-        right = {layer: (*pair, s) for layer, pair in found.items() if (s := scales[layer]) is not None}
-        return right, len(found) - len(right)
-
-    def _multiplied(
-        self, bucket: Bucket, products: Sequence[tuple[Tensor, Tensor, float]]
-    ) -> Iterator[tuple[Tensor | Direction, ...]]:
-        """Yield preconditioned gradients from rows, layer by layer, weight and bias apart."""
-        b, a = (
-            (ts[0] if len(ts) == 1 else torch.cat(ts)).to(bucket.dtype)
-            for ts in ([p[k] for p in products] for k in (0, 1))
-        )
-        if bucket.single:
-            b, a = b.squeeze(0), a.squeeze(0)
-        b, a = self._precondition_rows(bucket, self._buckets.group(bucket), b, a)
-        if bucket.single:
-            b, a = b.unsqueeze(0), a.unsqueeze(0)
-        g = bucket.form.groups
-        for k, (layer, (_, _, scale)) in enumerate(zip(bucket.layers, products, strict=True)):
-            left, right, form = b[k * g : (k + 1) * g], a[k * g : (k + 1) * g], layer.form
-            if layer.bias is None:
-                yield (Product(left, right, scale, form.axes),)
-                continue
-            column = Product(left, right[..., -1:], scale, form.bias_axes).tensor()
-            yield Product(left, right[..., :-1], scale, form.axes), column
 
     # ------------------------------------------------------------------ what has no factors
 

@@ -258,7 +258,7 @@ def test_changes_of_gradients_of_rank_one(name, change):
 
 def test_changes_show_without_the_check(monkeypatch):
     """The gradients of the tests above do differ from their rows."""
-    monkeypatch.setattr("optim.rows.TOLERANCE", 1e300)
+    monkeypatch.setattr("optim.matching.TOLERANCE", 1e300)
     for change in CHANGES.values():
         with pytest.raises(AssertionError):
             pair_of(change)
