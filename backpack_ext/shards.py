@@ -20,7 +20,9 @@ _held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def in_use() -> bool:
     """Whether some model of the process may be sharded."""
-    return "torch.distributed.fsdp" in sys.modules
+    # torch's own optimizers import all of torch.distributed.fsdp: that alone says nothing
+    module = sys.modules.get("torch.distributed._composable_state")
+    return module is not None and len(module._module_state_mapping) > 0
 
 
 def held(parameter: nn.Parameter) -> nn.Parameter:

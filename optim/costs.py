@@ -59,3 +59,9 @@ def of_gradient(K: Structure, C: Structure, o: int, i: int) -> float:
 def of_rows(K: Structure, C: Structure, o: int, i: int, count: int) -> float:
     r"""Return those of :math:`(g C C^T)^T (a K K^T)` for ``g[r,o]`` and ``a[r,i]``, r = ``count``."""
     return count * (of_vector(C, o) + of_vector(K, i) + o * i) + LAYER
+
+
+@lru_cache(maxsize=1024)
+def rows_are_less(K: Structure, C: Structure, g: int, o: int, i: int, count: int) -> bool:
+    """Return whether rows ``[g,r,o]`` and ``[g,r,i]`` cost less than ``G[g,o,i]``, r = ``count``."""
+    return of_rows(K, C, o, i, count * g) < g * of_gradient(K, C, o, i)

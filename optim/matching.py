@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from functools import lru_cache
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor
@@ -15,14 +16,23 @@ from optim.rows import Rows
 TOLERANCE = 20.0
 
 
+# Steps with the same random vectors, which take a tenth of a millisecond to draw.
+STEPS = 16
+
+
 def probe(d: int, like: Tensor, step: int) -> Tensor:
-    """Return two vectors ``[2,d]`` of random numbers between 0.5 and 1.5 in size; the same for one step.
+    """Return two vectors ``[2,d]`` of numbers between 0.5 and 1.5 in size, the same for some steps.
 
     Signs are random. No entry is small: a change of any single entry of a gradient shows.
     """
-    generator = seeded_generator(torch.device("cpu"), d, step)
+    return _probe(d, like.device, like.dtype, step // STEPS)
+
+
+@lru_cache(maxsize=8)
+def _probe(d: int, device: torch.device, dtype: torch.dtype, number: int) -> Tensor:
+    generator = seeded_generator(torch.device("cpu"), d, number)
     x = torch.rand(2, d, generator=generator, dtype=torch.float64) * 2 - 1
-    return (x + x.sign() / 2).to(like.device, like.dtype)
+    return (x + x.sign() / 2).to(device, dtype)
 
 
 class Match:
@@ -67,11 +77,15 @@ class Match:
         unit = TOLERANCE * max(1.0, sqrt(count) / 16) * sqrt(columns) * rows.eps
         self.bound = b.square().sum(dim=1, keepdim=True).sqrt_().mul_(unit)  # [g,1,o]
         # where squares overflow a bound would allow everything
-        self.known = (self.bound.sum() + norms.sum()).isfinite()
+        self.total = self.bound.sum() + norms.sum()
 
     def holds(self) -> Tensor:
-        """Return whether s is one; not where squares of rows overflow, or underflow."""
-        return ((self.found - self.expected).abs_() <= self.bound).all() & self.known
+        """Return 1 or 0, whether s is one, and a number that is finite if that can be said: ``[2]``.
+
+        It cannot where squares of rows overflow. Where they underflow it is 0.
+        """
+        same = ((self.found - self.expected).abs_() <= self.bound).all()
+        return torch.stack([same.to(self.total.dtype), self.total])
 
     def multiple(self) -> Tensor:
         """Return the s of least squares, and 1 or 0: whether it is right, ``[2]``.
@@ -81,7 +95,7 @@ class Match:
         found, expected = self.found, self.expected
         scale = torch.dot(found.flatten(), expected.flatten()) / expected.square().sum()
         fits = ((found - scale * expected).abs_() <= scale.abs() * self.bound).all()
-        fits &= self.known & scale.isfinite()
+        fits &= self.total.isfinite() & scale.isfinite()
         return torch.stack([scale, fits.to(scale.dtype)])
 
 
@@ -90,8 +104,9 @@ def scales_of(matches: Sequence[Match]) -> list[float | None]:
 
     That waits for the device once, or twice if some factors are not one.
     """
-    device = matches[0].known.device
-    same = torch.stack([m.holds().to(device) for m in matches]).tolist()
+    device = matches[0].total.device
+    first = torch.stack([m.holds().to(device) for m in matches]).tolist()
+    same = [bool(s) and isfinite(total) for s, total in first]
     others = [m.multiple().to(device) for m, s in zip(matches, same, strict=True) if not s]
     answers = iter(torch.stack(others).tolist() if others else ())
     found = (None if s else next(answers) for s in same)

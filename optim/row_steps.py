@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optim.bucket import Bucket
 from optim.buckets import Buckets
-from optim.costs import of_gradient, of_rows
+from optim.costs import rows_are_less
 from optim.directions import Direction, Product
 from optim.layers import Layer, Layers
 from optim.matching import Match, probe, scales_of
@@ -81,7 +81,7 @@ class RowSteps:
         if K == C == DIAGONAL:
             return False
         g, o, i = layer.form.groups, layer.form.rows, layer.form.columns
-        return of_rows(K, C, o, i, count * g) < g * of_gradient(K, C, o, i)
+        return rows_are_less(K, C, g, o, i, count)
 
     def layer_of(self, weight: Tensor) -> Layer | None:
         """Return the layer of a weight, if it has one."""

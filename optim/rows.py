@@ -11,7 +11,7 @@ i inputs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -146,17 +146,22 @@ class RowKeeper(Extension):
         )
 
 
-def precision(types: Sequence[torch.dtype], device: torch.device) -> float:
+def precision(types: tuple[torch.dtype, ...], device: torch.device) -> float:
     """Return the precision of a product: the distance from one to the next number.
 
     Args:
         types: Data types of what was multiplied, and of the result.
         device: Where.
     """
-    eps = max(torch.finfo(t).eps for t in types)
+    eps = _eps(types)
     if torch.float32 in types:
         if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
             eps = max(eps, 2.0**-10)
         elif torch.get_float32_matmul_precision() != "highest":
             eps = max(eps, 2.0**-8)
     return eps
+
+
+@lru_cache(maxsize=64)
+def _eps(types: tuple[torch.dtype, ...]) -> float:
+    return max(torch.finfo(t).eps for t in types)
