@@ -76,11 +76,12 @@ class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
         (T, U, delta), (R, V, eps) = self.tensors, other.tensors
         a, b = self._cuts
         m = b - a
+        scales = eps.unsqueeze(-2)
         top = T[..., :a] @ R
-        top[..., a:b] += T[..., a:b] * eps.unsqueeze(-2)
+        top[..., a:b].addcmul_(T[..., a:b], scales)
         add_product_(top[..., a:], T[..., b:], V)
         bottom = U[..., m:] @ V
-        bottom[..., :m] += U[..., :m] * eps.unsqueeze(-2)
+        bottom[..., :m].addcmul_(U[..., :m], scales)
         return self.like((top, bottom, delta * eps))
 
     @classmethod
@@ -102,8 +103,8 @@ class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
             bottom = torch.cat([D * delta.unsqueeze(-2), U @ U.mT], -1)
             return self.like((top, bottom, delta.square()))
         # columns with columns: those of A meet T only, those of B2 and E meet T and U
-        wide = [t.to(accumulator(t.dtype)).square() for t in (B1, D, delta)]
-        middle = (wide[0].sum(-2) + wide[1].sum(-2) + wide[2]).to(delta.dtype)
+        wide = torch.cat([B1, D, delta.unsqueeze(-2)], -2).to(accumulator(delta.dtype))
+        middle = wide.square().sum(-2).to(delta.dtype)
         bottom = B2.mT @ T[..., a:]
         add_product_(bottom, E.mT, U)
         return self.like((A.mT @ T, bottom, middle))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from curvature.structured import Self, StructuredMatrix, accumulator, square_sum
@@ -19,13 +21,15 @@ class EntrywiseMatrix(StructuredMatrix):
         """Return views ``[*batch, ...]`` that together are the diagonal."""
 
     def _trace(self) -> Tensor:
-        lead, dtype = len(self.batch_shape), accumulator(self.dtype)
-        return sum(v.sum(tuple(range(lead, v.dim())), dtype=dtype) for v in self._diagonal())
+        lead = len(self.batch_shape)
+        parts = [v.flatten(lead) for v in self._diagonal()]
+        diagonal = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # a sum each takes longer
+        return diagonal.sum(-1, dtype=accumulator(self.dtype))
 
     def _square_norm(self) -> Tensor:
         axes = [len(shape) for shape in self.shapes(self.dim, **self.options)]
         parts = zip(self.tensors, axes, strict=True)
-        return sum(square_sum(t, tuple(range(-k, 0))) for t, k in parts)
+        return reduce(Tensor.add_, (square_sum(t, tuple(range(-k, 0))) for t, k in parts))
 
     def _add_identity(self, alpha: float) -> None:
         for v in self._diagonal():

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from curvature import DiagonalMatrix, StructuredMatrix
 from curvature.outer import DiagonalPlus, Outer, outer, outer_for_few
-from optim.bucket import Bucket, Slot
+from optim.bucket import SMALL, Bucket, Slot
 from optim.directions import Direction, Part, TwoSided
 from optim.layers import Layer
 from optim.natural import NaturalGradient
@@ -94,6 +94,8 @@ class InverseFree(NaturalGradient):
         if isinstance(K, DiagonalMatrix) and isinstance(C, DiagonalMatrix):
             squares = self._cached(bucket, _squares, _squares)
             return self._scaled(bucket, *squares)
+        if bucket.form.rows * bucket.form.columns < SMALL:
+            return None  # to join gradient and bias is nothing there
         sides = self._cached(bucket, *self._makes(bucket))
         if all(isinstance(side, DiagonalPlus) for side in sides):
             return self._two_sided(bucket, *sides)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from natural_cases import Case, compare
+from torch import nn
 
 from curvature import Axes
 from curvature.outer import DiagonalPlus, outer
 from curvature.structures import STRUCTURES
+from optim import SINGD
 from optim.directions import Part, Product, TwoSided
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -71,3 +74,25 @@ def test_memory_that_is_laid_out_otherwise():
             assert not found.add_to_(W, 0.5) and torch.equal(W, before)
         assert found.add_to_(last.contiguous(), 0.5)
         assert found.tensor().shape == (4, 5, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*extend")
+@pytest.mark.parametrize("structure", ["lower", "upper", "both", "mixed"])
+@pytest.mark.parametrize("case", ["mlp", "conv", "same"])
+def test_steps(case, structure, monkeypatch):
+    """Of layers that count as large, against the dense oracle; layers of one shape share factors."""
+    monkeypatch.setattr("optim.singd.SMALL", 0)
+    monkeypatch.setattr("optim.bucket.SMALL", 0)
+    formed = []
+    monkeypatch.setattr("optim.singd.TwoSided", lambda *args: formed.append(1) or TwoSided(*args))
+    if case == "same":
+        case = Case(
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4)),
+            lambda n: (torch.randn(n, 4), torch.randint(4, (n,))),
+        )
+    both, lower = ("hierarchical", {"k1": 1, "k2": 1}), ("rank-k-lower", {"k": 2})
+    upper = ("rank-k-upper", {"k": 2})
+    structure = {"both": both, "lower": lower, "upper": upper, "mixed": (both, lower)}[structure]
+    options = {"lr": 0.02, "lr_cov": 0.1, "interval": 2, "maximize": True, "weight_decay": 0.1}
+    compare(SINGD, case, 3, sizes=[5], start=True, structure=structure, **options)
+    assert formed
