@@ -392,7 +392,7 @@ class Fourier(Outer):
     def _times(self, X: Tensor) -> Tensor:
         """Return ``X M M^T`` in the type of the transforms."""
         first = not self._mirrored  # M^T, unless M is the transpose of what is held
-        return self._held.times(self._held.times(X, first), not first)
+        return self._held.times(X, first, not first)
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``[*batch, d, d]``."""

@@ -162,22 +162,29 @@ class Convolution:
         # the factor of what lands on the other end
         self.last = c[..., -1:].clone() if n == 2 * d - 2 else None
 
-    def times(self, X: Tensor, transpose: bool) -> Tensor:
-        """Return ``H x``, or ``H^T x``, for each row x of ``X[*other, r, d]``: views of longer rows.
+    def times(self, X: Tensor, *transposed: bool) -> Tensor:
+        """Return ``H x`` for each row x of ``X[*other, r, d]``, or ``H^T x``, or several such products.
 
-        Transforms along columns take twice as long as these, with both transpositions.
+        All happen in one memory, of rows that are longer than the result, which is a view. Transforms
+        along columns take twice as long as these, with both transpositions.
+
+        Args:
+            X: As above.
+            *transposed: Of each product, from the first on, whether it is one with the transpose.
         """
-        f, d = self.back if transpose else self.f, self.dim
-        X = X.to(accumulator(X.dtype))
-        if X.numel() == 0:  # which MKL refuses
-            return X.new_empty(*leading_axes(f, X), *X.shape[-2:])
-        F = torch.fft.rfft(X, self.length)
-        F = F.mul_(f) if leading_axes(f, X) == X.shape[:-2] else F * f
-        Y = torch.fft.irfft(F, self.length)[..., :d]
-        if self.last is not None:
-            to, source = (d - 1, 0) if transpose else (0, d - 1)
-            Y[..., to] -= self.last * X[..., source]
-        return Y
+        d, dtype, lead = self.dim, self.f.real.dtype, leading_axes(self.f, X)
+        Y = X.new_zeros(*lead, X.shape[-2], self.length, dtype=dtype)
+        Y[..., :d] = X
+        F = None
+        for turned in transposed if Y.numel() else ():  # MKL refuses to transform nothing
+            to, source = (d - 1, 0) if turned else (0, d - 1)
+            end = None if self.last is None else self.last * Y[..., source]
+            F = torch.fft.rfft(Y, out=F)
+            torch.fft.irfft(F.mul_(self.back if turned else self.f), self.length, out=Y)
+            if end is not None:
+                Y[..., to] -= end
+            Y[..., d:] = 0
+        return Y[..., :d]
 
 
 # Picoseconds per number and doubling of a real transform of n numbers, by how often 2 divides n.
