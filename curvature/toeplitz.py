@@ -173,8 +173,8 @@ class Convolution:
             *transposed: Of each product, from the first on, whether it is one with the transpose.
         """
         d, dtype, lead = self.dim, self.f.real.dtype, leading_axes(self.f, X)
-        Y = X.new_zeros(*lead, X.shape[-2], self.length, dtype=dtype)
-        Y[..., :d] = X
+        Y = X.new_empty(*lead, X.shape[-2], self.length, dtype=dtype)
+        Y[..., :d], Y[..., d:] = X, 0
         F = None
         for turned in transposed if Y.numel() else ():  # MKL refuses to transform nothing
             to, source = (d - 1, 0) if turned else (0, d - 1)

@@ -152,7 +152,9 @@ def _moved(K: Structured, m: Structured, lr_cov: float, normalize: bool) -> Stru
     step = K @ m
     if normalize:
         return step.mul_(-lr_cov / m.norm().clamp(min=1)).add_(K)
-    return K.like(torch.add(t, u, alpha=-lr_cov) for t, u in zip(K.tensors, step.tensors, strict=True))
+    for t, u in zip(K.tensors, step.tensors, strict=True):
+        torch.add(t, u, alpha=-lr_cov, out=u)
+    return step
 
 
 def mean_trace(M: StructuredMatrix) -> Tensor:
