@@ -105,7 +105,8 @@ class TwoSided(Direction):
     def tensor(self) -> Tensor:
         """Return N in new memory, shaped like the parameter."""
         matrices = [part.add_rest_(part.scaled(self.scale), self.scale) for part in self.parts]
-        return self.axes.to_parameter(torch.stack(matrices))
+        N = matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
+        return self.axes.to_parameter(N)
 
     def _add_to(self, M: Tensor, factor: float) -> None:
         for view, part in zip(M, self.parts, strict=True):

@@ -665,6 +665,7 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
         param_group.setdefault("base_lr", float(group["lr"]))
         super().add_param_group(param_group)
         self.param_groups[-1].update(self._generator_state())
+        self._sides.pop(id(self.param_groups[-1]), None)  # of one that was removed
         if self.sides_of_group(self.param_groups[-1]) is not None:
             self._layers.wanted.update(self.param_groups[-1]["params"])
         self._buckets.outdate()
