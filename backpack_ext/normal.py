@@ -162,6 +162,21 @@ def gram(x: Tensor, scale: float = 1.0) -> Tensor:
     return symmetric_product(x.mT, scale)
 
 
+def gram_by_datum(b: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``scale sum_vns b[g,v,n,s,o] b[g,v,n,s,p]`` as ``[g,o,p]``: a product for each v and n."""
+    channels = b.mT.flatten(1, 2)
+    return (channels @ channels.mT).sum(1).mul_(scale)
+
+
+def by_datum_pays(b: Tensor) -> bool:
+    """Whether `gram_by_datum` is faster than one product of rows.
+
+    A convolution's vectors have pixels last in memory, and one product needs a copy. Below as many
+    pixels as channels the results of all products are larger than that.
+    """
+    return b.device.type == "cpu" and b.stride(3) == 1 and b.shape[3] >= b.shape[4] > 1
+
+
 def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:
     """Return ``G[v,n,g,o,i]``."""
     if isinstance(a, OneHot):

@@ -149,9 +149,12 @@ class Unit:
         return self._mean_a
 
     @property
-    def moment_size(self) -> int | None:
-        """Number of input features where `input_moment` may be known; else None."""
-        return None if self._in_sharing else self.rule.moment_size(self.sites[0])
+    def moment_shape(self) -> tuple[int, int] | None:
+        """Numbers of rows and of input features where `input_moment` may be known; else None."""
+        if self._in_sharing:
+            return None
+        shapes = [self.rule.moment_shape(site) for site in self.sites]
+        return None if None in shapes else (sum(rows for rows, _ in shapes), shapes[0][1])
 
     def input_moment(self, dtype: torch.dtype | None, with_sum: bool = False) -> InputMoment | None:
         """Return sums over all rows of `a`, and over all calls, where `a` is not needed; else None.
