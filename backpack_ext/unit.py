@@ -117,8 +117,11 @@ class Unit:
 
         Patches of convolutions are many times as large as the input; parts of them take turns in memory.
         """
-        step = self._data_at_once() if self._a is None and len(self.sites) == 1 else self.batch
         site, rule = self.sites[0], _rule(self.sites[0], self.rule)
+        if type(rule).inputs_of is Rule.inputs_of or self._a is not None or len(self.sites) > 1:
+            yield slice(None), self.a
+            return
+        step = self._data_at_once()
         first = rule.inputs_of(site, slice(0, step)) if step < self.batch else None
         if first is not None:
             for k in range(0, self.batch, step):
