@@ -67,12 +67,13 @@ class Reach:
         sites: The Sites, each with the places where its vectors are taken.
         sources: Those Sites that have no Site upstream. Differentiating with respect to their
             outputs visits all others on the way.
-        parameters: Leaf parameters by id.
+        parameters: Leaf parameters by id, those that were frozen after the forward pass left out.
         uses: How many nodes read each leaf parameter, by id.
         coupled: Names of nodes that couple samples (training-mode batch norm).
         nodes: All nodes that were visited.
         whole: What the model's call said.
         wrappers: Nodes that processes share, see `backpack_ext.data_parallel`.
+        frozen: Sites of which nothing is trained any more.
     """
 
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Reach:
     nodes: Collection[Node] = ()
     whole: Whole | None = None
     wrappers: list[Node] = field(default_factory=list)
+    frozen: list[Site] = field(default_factory=list)
 
 
 # Types of nodes that were tagged: reading the metadata of a node makes a dict for it.
@@ -129,7 +131,7 @@ def walk(start: Node) -> Reach:
                         stack.append((child, None))
             else:
                 variable = getattr(node, "variable", None)
-                if isinstance(variable, nn.Parameter):
+                if isinstance(variable, nn.Parameter) and variable.requires_grad:
                     leaves[node] = id(variable)
                     reach.parameters[id(variable)] = variable
                     reach.uses[id(variable)] = 0
@@ -152,6 +154,11 @@ def walk(start: Node) -> Reach:
             sites = metadata.get(TAG)
             if WHOLE in metadata:
                 reach.whole = metadata[WHOLE]
+        if sites:
+            trained = [site for site in sites if site.leave_out_frozen()]
+            if len(trained) < len(sites):
+                reach.frozen += set(sites).difference(trained)
+            sites = trained
         if sites:
             for site in sites:
                 edge = GradientEdge(node, site.output_nr)
@@ -223,7 +230,8 @@ def parameter_behind(start: Node, known: Collection[Node]) -> nn.Parameter | Non
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if isinstance(variable, nn.Parameter) and torch._C._will_engine_execute_node(node):
+        trained = isinstance(variable, nn.Parameter) and variable.requires_grad
+        if trained and torch._C._will_engine_execute_node(node):
             return variable
         stack.extend(child for child, _ in node.next_functions if child is not None)
     return None

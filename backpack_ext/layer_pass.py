@@ -69,6 +69,7 @@ class LayerPass(Receiver):
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
         self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
+        self.frozen: set[Site] = set()  # since the forward pass
         self.pending = Pending()
         self.handles: list = []
         self.sweeping = False
@@ -164,7 +165,7 @@ class LayerPass(Receiver):
         """Let go of inputs that nothing will ask for any more."""
         for site in self.bare.values():  # another pass makes its own
             site.release()
-        for site in self.expected:
+        for site in (*self.expected, *self.frozen):
             if self.keep:
                 site.let_go()
             else:
@@ -180,6 +181,7 @@ class LayerPass(Receiver):
     def _batch(self, start: str, reach: Reach) -> int:
         """Return the batch size that all layers agree on."""
         self.nodes.append(reach.nodes)
+        self.frozen.update(reach.frozen)
         batches = {site.batch: site for sites in (self.sites, reach.sites) for site in sites}
         if len(batches) > 1:
             found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
