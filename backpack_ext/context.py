@@ -16,6 +16,7 @@ from torch import nn
 from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
+from backpack_ext.retained import restore, retained
 
 if TYPE_CHECKING:
     from backpack_ext.processes import Processes
@@ -209,14 +210,16 @@ def note_computed() -> None:
 
 
 class SuspendBackpack:
-    """Keep BackPACK's full backward hooks from acting while a nested sweep passes through them."""
+    """Have a nested sweep leave no trace: BackPACK's hooks do not act, retained gradients stay."""
 
     def __enter__(self) -> None:
+        self._grads = retained()
         self._saved = (CTX.active_exts, CTX.extension_hook, CTX.retain_graph)
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = (), no_op, True
 
     def __exit__(self, *exc) -> None:
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = self._saved
+        restore(self._grads)
 
 
 class CollectingHook:
