@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -202,8 +202,27 @@ def without_upstream(start: Node, marked: Collection[Node]) -> set[Node]:
     return found
 
 
-def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:
-    """Yield the Sites at and upstream of a node, with their nodes.
+def executes(children: Sequence[tuple[Node | None, int]]) -> bool:
+    """Whether the running backward pass executes a node, rather than capture what arrives at it.
+
+    ``torch.autograd.grad(loss, z)`` ends at the operation that z came from: of this one torch says that
+    it will be executed, but it is not, and what it has saved stays.
+
+    Args:
+        children: The node's ``next_functions``.
+    """
+    for child, _ in children:
+        if child is not None:
+            try:
+                if torch._C._will_engine_execute_node(child):
+                    return True
+            except RuntimeError:  # a leaf whose gradient `torch.autograd.grad` captures
+                return True
+    return False
+
+
+def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Site, Sequence]]:
+    """Yield the Sites at and upstream of a node, with their nodes' ``next_functions``.
 
     Args:
         start: The node.
@@ -215,10 +234,11 @@ def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:
         if node in seen:
             continue
         seen.add(node)
+        children = node.next_functions
         if type(node) in _tagged:
             for site in node.metadata.get(TAG, ()):
-                yield node, site
-        stack.extend(child for child, _ in node.next_functions if child is not None)
+                yield site, children
+        stack.extend(child for child, _ in children if child is not None)
 
 
 def parameter_behind(start: Node, known: Collection[Node]) -> nn.Parameter | None:
@@ -231,7 +251,7 @@ def parameter_behind(start: Node, known: Collection[Node]) -> nn.Parameter | Non
         seen.add(node)
         variable = getattr(node, "variable", None)
         trained = isinstance(variable, nn.Parameter) and variable.requires_grad
-        if trained and torch._C._will_engine_execute_node(node):
+        if trained and executes(((node, 0),)):
             return variable
         stack.extend(child for child, _ in node.next_functions if child is not None)
     return None

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from math import ceil
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from backpack_ext.context import SuspendBackpack
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Capture, Reach
 from backpack_ext.site import Site
+
+if TYPE_CHECKING:
+    from backpack_ext.layer_pass import LayerPass
 
 # Called with a Site and its vectors [v, *output.shape].
 Deliver = Callable[[Site, Tensor], None]
@@ -100,21 +104,32 @@ def silent():
 class Tap:
     """A hook on a graph node that sends a Site's vectors to the pass that is running.
 
-    The node owns it, so it holds neither the node nor, strongly, the pass that placed it.
+    The node owns it, so it holds neither the node nor, strongly, the pass that placed it. It serves that
+    pass alone: on operations that the pass did not execute, or where it failed, it stays.
+
+    Attributes:
+        current: The pass that runs sweeps.
     """
 
     __slots__ = ("factor", "main", "output_nr", "site", "vectors")
 
-    def __init__(self, site: Site, capture: Capture, main: weakref.ref[Receiver]):
+    current: weakref.ref[LayerPass] | None = None
+
+    def __init__(self, site: Site, capture: Capture, main: weakref.ref[LayerPass]):
         self.site, self.main = site, main
         self.output_nr, self.factor = capture.edge.output_nr, capture.factor
         self.vectors = capture.vectors
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradient at the Site's output among those at the node's outputs."""
-        g = grads[self.output_nr]
-        receiver = Receiver.active or self.main()
-        if g is not None and receiver is not None and self.site in receiver.sites:
+        g, receiver = grads[self.output_nr], Receiver.active
+        if receiver is None:
+            receiver = self.main()
+            if receiver is None or receiver.task != torch._C._current_graph_task_id():
+                return
+        elif self.main is not Tap.current:
+            return
+        if g is not None and self.site in receiver.sites:
             g = g.unsqueeze(0)
             if self.vectors is not None:
                 g = g.abs() if receiver.absolute else g
