@@ -328,6 +328,10 @@ class SiteHook(Hook):
             sharing.current.record(site)
         error = error or self.checks.get("error")
         site.error = error or (None if rule is None else rule.misfit(module, x, output))
+        if (
+            not output.numel()
+        ):  # without positions there are no means over them; autograd's products are zero
+            site.error = f"its output of shape {tuple(output.shape)} is empty"
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
         if running is None:  # a layer that was called on its own is a model
