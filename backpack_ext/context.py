@@ -30,7 +30,7 @@ class backpack(_backpack.backpack):
     a plain step), ``grad_scaler``, and a warning when the block ends and nothing was computed.
 
     Args:
-        exts: Extension instances.
+        exts: Extension instances; what is given twice counts once.
         extension_hook: Called with each extended module of the graph once its quantities are on
             its parameters, as in BackPACK. When one of our extensions is active this is at the
             end of the backward pass.
@@ -49,6 +49,7 @@ class backpack(_backpack.backpack):
             the same field.
         TypeError: If ``process_group`` is no group of this process's.
         UnsupportedError: If an extension's results cannot be put together.
+        RecordingError: On entering, if the object's block is open already.
         ProcessGroupError: In the backward pass, if another process of the group fails.
 
     With processes k whose losses are means over :math:`T_k` terms (data, positions, class weights;
@@ -74,8 +75,10 @@ class backpack(_backpack.backpack):
         process_group: dist.ProcessGroup | None = None,
         timeout: float = 300.0,
     ):
+        exts = [ext for k, ext in enumerate(exts) if all(ext is not other for other in exts[:k])]
         super().__init__(*exts, extension_hook=extension_hook, debug=debug, retain_graph=retain_graph)
         check_savefields(exts)
+        self._open = False
         self.grad_scaler = grad_scaler
         self.processes: Processes | None = None
         if process_group is not None:
@@ -99,11 +102,16 @@ class backpack(_backpack.backpack):
     def __enter__(self) -> backpack:
         keep_out_of_compilation()
         check_thread("A with-block begins")
+        if self._open:  # what was active before is kept on the object itself
+            raise RecordingError(
+                "The block of this backpack(...) object is open already, and cannot begin again "
+                "inside of itself. Make another one."
+            )
         if self.processes is not None:
             self.processes.enter()
             for ext in self.exts:
                 ext.rank = self.processes.rank
-        self.thread = threading.get_ident()
+        self.thread, self._open = threading.get_ident(), True
         super().__enter__()
         self._outer, backpack.current = backpack.current, self
         self.computed = False
@@ -111,7 +119,7 @@ class backpack(_backpack.backpack):
 
     def __exit__(self, kind, value, traceback) -> None:
         super().__exit__(kind, value, traceback)
-        backpack.current = self._outer
+        backpack.current, self._open = self._outer, False
         if self.processes is not None:
             for ext in self.exts:
                 ext.rank = 0

@@ -2,26 +2,41 @@
 
 A nested pass through the user's graph adds what passes a tensor to its ``.grad``: torch's engine runs
 the hook of ``retain_grad`` in every pass. Nothing in the graph says where such hooks are, so that
-tensors are noted as they are asked to retain: ``torch.Tensor.retain_grad`` is wrapped.
+tensors are noted as they get them: ``torch.Tensor.retain_grad`` is wrapped, and so is
+``torch.autograd.backward``, whose ``inputs`` get them too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import wraps
+
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _retaining: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_torchs = Tensor.retain_grad
+_retain_grad, _backward = Tensor.retain_grad, torch.autograd.backward
 
 
-def _retain_grad(self: Tensor) -> None:
-    _torchs(self)
+@wraps(_retain_grad)
+def _noting(self: Tensor) -> None:
+    _retain_grad(self)
     if self.retains_grad:  # leaves, for which it does nothing, do not
         _retaining[self] = None
 
 
-_retain_grad.__name__, _retain_grad.__doc__ = "retain_grad", _torchs.__doc__
-Tensor.retain_grad = _retain_grad
+@wraps(_backward)
+def _noting_inputs(*args, **kwargs) -> None:
+    inputs = kwargs.get("inputs", args[5] if len(args) > 5 else None)
+    inputs = inputs.values() if isinstance(inputs, Mapping) else inputs
+    for t in (inputs,) if isinstance(inputs, Tensor) else inputs or ():
+        if isinstance(t, Tensor) and not t.is_leaf:
+            _retaining[t] = None
+    _backward(*args, **kwargs)
+
+
+Tensor.retain_grad, torch.autograd.backward = _noting, _noting_inputs
 
 
 def retained() -> list[tuple[Tensor, Tensor | None]]:

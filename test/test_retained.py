@@ -81,3 +81,21 @@ def test_leaves_and_passes_of_the_users_own():
     assert x.grad.tolist() == [18, 18] and y.grad.tolist() == [6, 6]
     with pytest.raises(RuntimeError, match="requires_grad=False"):
         torch.ones(2).retain_grad()
+
+
+@pytest.mark.parametrize("given", [lambda h: h, lambda h: [h]], ids=["tensor", "list"])
+def test_inputs_of_backward(double, given):
+    """They retain their gradients without being asked to by name."""
+    torch.manual_seed(0)
+    model, loss_fn = extend(Net()), extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    with backpack(KFAC(fisher="mc")):
+        h = model.first(x)
+        loss = loss_fn(model.last(h.tanh()), y)
+        loss.backward(inputs=given(h), retain_graph=True)
+        found = h.grad
+        torch.autograd.backward(loss, None, None, False, None, given(h))
+    assert torch.equal(h.grad, 2 * found)
+    h = h.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model.last(h.tanh()), y), h)
+    assert torch.equal(found, expected)
