@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import backpack as _backpack
 from backpack.context import CTX
 from backpack.utils.hooks import no_op
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.errors import RecordingError, UnsupportedError
@@ -218,16 +219,31 @@ def note_computed() -> None:
 
 
 class SuspendBackpack:
-    """Have a nested sweep leave no trace: BackPACK's hooks do not act, retained gradients stay."""
+    """Have a nested sweep leave no trace: BackPACK's hooks do not act, retained gradients stay.
+
+    Nor do hooks on parameters (a clipping of gradients, say) change what the sweep is asked for.
+
+    Args:
+        ends: What it is asked for, of which some may be parameters.
+    """
+
+    def __init__(self, ends: Iterable[GradientEdge | Tensor] = ()):
+        leaves = (t if isinstance(t, Tensor) else getattr(t.node, "variable", None) for t in ends)
+        # the dictionaries that autograd looks into
+        self._hooks = [t._backward_hooks for t in leaves if t is not None and t._backward_hooks]
 
     def __enter__(self) -> None:
-        self._grads = retained()
+        self._grads, self._held = retained(), [dict(hooks) for hooks in self._hooks]
+        for hooks in self._hooks:
+            hooks.clear()
         self._saved = (CTX.active_exts, CTX.extension_hook, CTX.retain_graph)
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = (), no_op, True
 
     def __exit__(self, *exc) -> None:
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = self._saved
         restore(self._grads)
+        for hooks, held in zip(self._hooks, self._held, strict=True):
+            hooks.update(held)
 
 
 class CollectingHook:

@@ -206,23 +206,18 @@ def stream(
     receiver = _SweepReceiver(reach.sites, deliver, reads_inputs)
     receiver.absolute = absolute
     outer, Receiver.active = Receiver.active, receiver
+    ends, options = [*reach.sources.values(), *parameters], {"retain_graph": True, "allow_unused": True}
     try:
-        with SuspendBackpack():
-            ends = torch.autograd.grad(
-                [start],
-                [*reach.sources.values(), *parameters],
-                [seed],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        with SuspendBackpack(ends):
+            found = torch.autograd.grad([start], ends, [seed], **options)
     finally:
         Receiver.active = outer
     # the nodes where the sweep ends are mostly not executed, so their taps were silent
-    for site, g in zip(reach.sources, ends, strict=False):
+    for site, g in zip(reach.sources, found, strict=False):
         if site not in receiver.done and not site.broadcast and g is not None:
             receiver.receive(site, 1.0, g.unsqueeze(0))
     _check_all(reach, receiver)
-    return ends[len(reach.sources) :]
+    return found[len(reach.sources) :]
 
 
 def _chunk(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver, small: bool) -> None:
