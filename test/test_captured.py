@@ -136,7 +136,7 @@ def test_the_same_loss_again(double, name):
             loss.backward()
     loss = loss_fn(model(x), y)
     torch.autograd.grad(loss, model.last.weight)
-    with backpack(EXTENSIONS["BatchGrad"]()), pytest.raises(RecordingError, match="retain_graph"):
+    with pytest.raises(RecordingError, match="retain_graph"), backpack(EXTENSIONS["BatchGrad"]()):
         loss.backward()
 
 
