@@ -271,6 +271,10 @@ class SiteHook(Hook):
         rule, recorded = look_up(type(module))
         running = _forward.stack[-1] if _forward.stack else None
         wanted = recording() if running is None else running.recording
+        if running is None and not wanted and tying() and torch.is_grad_enabled():
+            for t in _tensors(output):  # a layer that was called on its own is a model
+                if t.grad_fn is not None:
+                    t.grad_fn.register_prehook(on_unrecorded_output)
         inputs = lists = ()
         if rule is not None and rule.arguments:
             inputs = _named(rule.arguments, args, kwargs)

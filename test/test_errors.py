@@ -11,6 +11,7 @@ from backpack_ext import (
     BatchGrad,
     BatchL2Grad,
     DiagGGN,
+    HesScale,
     RecordingError,
     UnsupportedError,
     backpack,
@@ -303,6 +304,18 @@ def test_output_that_is_a_view_of_a_part(inplace):
         ]
         torch.testing.assert_close(p.grad_batch, torch.stack(rows))
     assert isinstance(model[0].weight.kfac, Kronecker)  # as a matrix product
+
+
+@pytest.mark.parametrize("ext", [DiagGGN, HesScale])
+def test_layer_that_no_loss_is_behind(ext):
+    """The gradient at its output is handed to it from another graph."""
+    model, loss_fn, x, y = parts()
+    with backpack(ext()):
+        h = model[0](x)
+        cut = h.detach().requires_grad_()
+        loss_fn(model[1:](cut), y).backward()
+        with pytest.raises(RecordingError, match="without passing an extended loss"):
+            h.backward(cut.grad)
 
 
 def test_a_block_within_itself():
