@@ -16,7 +16,7 @@ from backpack_ext.site import Site
 from curvature import Axes
 
 # Entries of inputs that are formed at once where they are formed in parts.
-PART = 2**20
+PART = 2**21
 
 
 class Unit:
