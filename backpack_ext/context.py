@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import backpack as _backpack
 from backpack.context import CTX
 from backpack.utils.hooks import no_op
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from backpack_ext.compiled import keep_out_of_compilation
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
+from backpack_ext.retained import restore, retained
 
 if TYPE_CHECKING:
     from backpack_ext.processes import Processes
@@ -29,7 +31,7 @@ class backpack(_backpack.backpack):
     a plain step), ``grad_scaler``, and a warning when the block ends and nothing was computed.
 
     Args:
-        exts: Extension instances.
+        exts: Extension instances; what is given twice counts once.
         extension_hook: Called with each extended module of the graph once its quantities are on
             its parameters, as in BackPACK. When one of our extensions is active this is at the
             end of the backward pass.
@@ -48,6 +50,7 @@ class backpack(_backpack.backpack):
             the same field.
         TypeError: If ``process_group`` is no group of this process's.
         UnsupportedError: If an extension's results cannot be put together.
+        RecordingError: On entering, if the object's block is open already.
         ProcessGroupError: In the backward pass, if another process of the group fails.
 
     With processes k whose losses are means over :math:`T_k` terms (data, positions, class weights;
@@ -73,8 +76,10 @@ class backpack(_backpack.backpack):
         process_group: dist.ProcessGroup | None = None,
         timeout: float = 300.0,
     ):
+        exts = [ext for k, ext in enumerate(exts) if all(ext is not other for other in exts[:k])]
         super().__init__(*exts, extension_hook=extension_hook, debug=debug, retain_graph=retain_graph)
         check_savefields(exts)
+        self._open = False
         self.grad_scaler = grad_scaler
         self.processes: Processes | None = None
         if process_group is not None:
@@ -98,11 +103,16 @@ class backpack(_backpack.backpack):
     def __enter__(self) -> backpack:
         keep_out_of_compilation()
         check_thread("A with-block begins")
+        if self._open:  # what was active before is kept on the object itself
+            raise RecordingError(
+                "The block of this backpack(...) object is open already, and cannot begin again "
+                "inside of itself. Make another one."
+            )
         if self.processes is not None:
             self.processes.enter()
             for ext in self.exts:
                 ext.rank = self.processes.rank
-        self.thread = threading.get_ident()
+        self.thread, self._open = threading.get_ident(), True
         super().__enter__()
         self._outer, backpack.current = backpack.current, self
         self.computed = False
@@ -110,7 +120,7 @@ class backpack(_backpack.backpack):
 
     def __exit__(self, kind, value, traceback) -> None:
         super().__exit__(kind, value, traceback)
-        backpack.current = self._outer
+        backpack.current, self._open = self._outer, False
         if self.processes is not None:
             for ext in self.exts:
                 ext.rank = 0
@@ -209,14 +219,31 @@ def note_computed() -> None:
 
 
 class SuspendBackpack:
-    """Keep BackPACK's full backward hooks from acting while a nested sweep passes through them."""
+    """Have a nested sweep leave no trace: BackPACK's hooks do not act, retained gradients stay.
+
+    Nor do hooks on parameters (a clipping of gradients, say) change what the sweep is asked for.
+
+    Args:
+        ends: What it is asked for, of which some may be parameters.
+    """
+
+    def __init__(self, ends: Iterable[GradientEdge | Tensor] = ()):
+        leaves = (t if isinstance(t, Tensor) else getattr(t.node, "variable", None) for t in ends)
+        # the dictionaries that autograd looks into
+        self._hooks = [t._backward_hooks for t in leaves if t is not None and t._backward_hooks]
 
     def __enter__(self) -> None:
+        self._grads, self._held = retained(), [dict(hooks) for hooks in self._hooks]
+        for hooks in self._hooks:
+            hooks.clear()
         self._saved = (CTX.active_exts, CTX.extension_hook, CTX.retain_graph)
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = (), no_op, True
 
     def __exit__(self, *exc) -> None:
         CTX.active_exts, CTX.extension_hook, CTX.retain_graph = self._saved
+        restore(self._grads)
+        for hooks, held in zip(self._hooks, self._held, strict=True):
+            hooks.update(held)
 
 
 class CollectingHook:

@@ -37,7 +37,7 @@ from backpack_ext.context import (
 from backpack_ext.diagonal_pass import DiagonalPass
 from backpack_ext.errors import RecordingError
 from backpack_ext.extension import Extension
-from backpack_ext.graph import new_sites, parameter_behind, walk
+from backpack_ext.graph import executes, new_sites, parameter_behind, walk
 from backpack_ext.layer_pass import LayerPass, empty_batch
 from backpack_ext.loss_call import KnownDiagonal, LossCall
 from backpack_ext.loss_scale import LossScale
@@ -125,8 +125,8 @@ class _PlainPass:
 
     def release(self, start: Node) -> None:
         """Let go of the inputs of the calls that this pass differentiates behind a node."""
-        for node, site in new_sites(start, self.seen):
-            if torch._C._will_engine_execute_node(node):
+        for site, children in new_sites(start, self.seen):
+            if executes(children):
                 site.release()
 
     def end(self) -> None:
@@ -254,7 +254,7 @@ class BackwardPass:
                 layers.finish()
             for ext, running in self.passes.items():
                 self.stores[ext] = running.finish(self.scale.multiplier)
-                if not self.stores[ext]:
+                if not self.stores[ext] and not running.recursion.incomplete:
                     _warn_of_nothing(ext)
             if self.processes is not None:
                 with self.quiet(None):

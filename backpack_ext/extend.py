@@ -271,6 +271,10 @@ class SiteHook(Hook):
         rule, recorded = look_up(type(module))
         running = _forward.stack[-1] if _forward.stack else None
         wanted = recording() if running is None else running.recording
+        if running is None and not wanted and tying() and torch.is_grad_enabled():
+            for t in _tensors(output):  # a layer that was called on its own is a model
+                if t.grad_fn is not None:
+                    t.grad_fn.register_prehook(on_unrecorded_output)
         inputs = lists = ()
         if rule is not None and rule.arguments:
             inputs = _named(rule.arguments, args, kwargs)
@@ -328,6 +332,10 @@ class SiteHook(Hook):
             sharing.current.record(site)
         error = error or self.checks.get("error")
         site.error = error or (None if rule is None else rule.misfit(module, x, output))
+        if (
+            not output.numel()
+        ):  # without positions there are no means over them; autograd's products are zero
+            site.error = f"its output of shape {tuple(output.shape)} is empty"
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)
         if running is None:  # a layer that was called on its own is a model

@@ -65,7 +65,7 @@ class FactorRows:
             return False
         if self.approx == "reduce":
             return unit.mean_a is None and isinstance(unit.a, OneHot)
-        return unit.moment_size is None and isinstance(unit.a, OneHot)
+        return unit.moment_shape is None and isinstance(unit.a, OneHot)
 
     def inputs_of(self, units: Sequence[Unit]) -> Tensor:
         """Return the rows ``[(L g),r,i]`` of layers of equal shape that share no positions of others."""
@@ -89,6 +89,9 @@ class FactorRows:
     def vectors(self, b: Tensor, divisors: Tensor | None = None) -> Tensor:
         """Return the rows that B sums over, ``[g,r,o]``; ``divisors[n]`` turn sums into means."""
         b = self.cast(b)
+        if self.approx == "expand" and b.stride(3) == 1 and b.shape[3] > 1:
+            # pixels are last in memory: a copy that leaves them so takes a third of the time
+            return b.permute(0, 4, 1, 2, 3).flatten(2).mT
         if b.shape[3] == 1 or self.approx == "expand":
             b = b.flatten(1, 3) if divisors is None else b.squeeze(3)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -67,12 +67,13 @@ class Reach:
         sites: The Sites, each with the places where its vectors are taken.
         sources: Those Sites that have no Site upstream. Differentiating with respect to their
             outputs visits all others on the way.
-        parameters: Leaf parameters by id.
+        parameters: Leaf parameters by id, those that were frozen after the forward pass left out.
         uses: How many nodes read each leaf parameter, by id.
         coupled: Names of nodes that couple samples (training-mode batch norm).
         nodes: All nodes that were visited.
         whole: What the model's call said.
         wrappers: Nodes that processes share, see `backpack_ext.data_parallel`.
+        frozen: Sites of which nothing is trained any more.
     """
 
     sites: dict[Site, list[Capture]] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Reach:
     nodes: Collection[Node] = ()
     whole: Whole | None = None
     wrappers: list[Node] = field(default_factory=list)
+    frozen: list[Site] = field(default_factory=list)
 
 
 # Types of nodes that were tagged: reading the metadata of a node makes a dict for it.
@@ -129,7 +131,7 @@ def walk(start: Node) -> Reach:
                         stack.append((child, None))
             else:
                 variable = getattr(node, "variable", None)
-                if isinstance(variable, nn.Parameter):
+                if isinstance(variable, nn.Parameter) and variable.requires_grad:
                     leaves[node] = id(variable)
                     reach.parameters[id(variable)] = variable
                     reach.uses[id(variable)] = 0
@@ -152,6 +154,11 @@ def walk(start: Node) -> Reach:
             sites = metadata.get(TAG)
             if WHOLE in metadata:
                 reach.whole = metadata[WHOLE]
+        if sites:
+            trained = [site for site in sites if site.leave_out_frozen()]
+            if len(trained) < len(sites):
+                reach.frozen += set(sites).difference(trained)
+            sites = trained
         if sites:
             for site in sites:
                 edge = GradientEdge(node, site.output_nr)
@@ -195,8 +202,27 @@ def without_upstream(start: Node, marked: Collection[Node]) -> set[Node]:
     return found
 
 
-def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:
-    """Yield the Sites at and upstream of a node, with their nodes.
+def executes(children: Sequence[tuple[Node | None, int]]) -> bool:
+    """Whether the running backward pass executes a node, rather than capture what arrives at it.
+
+    ``torch.autograd.grad(loss, z)`` ends at the operation that z came from: of this one torch says that
+    it will be executed, but it is not, and what it has saved stays.
+
+    Args:
+        children: The node's ``next_functions``.
+    """
+    for child, _ in children:
+        if child is not None:
+            try:
+                if torch._C._will_engine_execute_node(child):
+                    return True
+            except RuntimeError:  # a leaf whose gradient `torch.autograd.grad` captures
+                return True
+    return False
+
+
+def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Site, Sequence]]:
+    """Yield the Sites at and upstream of a node, with their nodes' ``next_functions``.
 
     Args:
         start: The node.
@@ -208,10 +234,11 @@ def new_sites(start: Node, seen: set[Node]) -> Iterator[tuple[Node, Site]]:
         if node in seen:
             continue
         seen.add(node)
+        children = node.next_functions
         if type(node) in _tagged:
             for site in node.metadata.get(TAG, ()):
-                yield node, site
-        stack.extend(child for child, _ in node.next_functions if child is not None)
+                yield site, children
+        stack.extend(child for child, _ in children if child is not None)
 
 
 def parameter_behind(start: Node, known: Collection[Node]) -> nn.Parameter | None:
@@ -223,7 +250,8 @@ def parameter_behind(start: Node, known: Collection[Node]) -> nn.Parameter | Non
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if isinstance(variable, nn.Parameter) and torch._C._will_engine_execute_node(node):
+        trained = isinstance(variable, nn.Parameter) and variable.requires_grad
+        if trained and executes(((node, 0),)):
             return variable
         stack.extend(child for child, _ in node.next_functions if child is not None)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,19 @@ from backpack_ext.errors import UnsupportedError
 from backpack_ext.extension import Extension, Vectors, check_samples
 from backpack_ext.factor_rows import APPROX, FactorRows, append_row
 from backpack_ext.groups import Groups
-from backpack_ext.normal import gram
+from backpack_ext.normal import by_datum_pays, gram, gram_by_datum
 from backpack_ext.rules.base import InputMoment
 from backpack_ext.share import Part, Share
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit, stack_vectors
 from curvature import BIAS, MATRIX, Axes, Block, Kronecker, KroneckerSum, Root
+from curvature.root import added, dense, scaled
 
 FISHER = ("exact", "mc", "empirical", "forward")
 BIASES = ("joint", "separate")
 OVERSIZE = ("raise", "diagonal")
 NORM = ("dense", "diagonal")
-KEEP = ("factor", "root")
+KEEP = ("root", "factor")
 
 
 class KFAC(Extension):
@@ -77,10 +79,11 @@ class KFAC(Extension):
         max_dim: Largest dense factor dimension.
         oversize: Beyond ``max_dim``: ``"raise"``, or keep only the ``"diagonal"`` of the factor.
         norm: Blocks of norms: ``"dense"`` or ``"diagonal"``.
-        keep: ``"factor"``: A is formed. ``"root"``: where A is the second moment of fewer rows than its
-            dimension (data in reduce, data times positions in expand), the block's A is a
-            `curvature.Root` of these rows, and formed when it is asked for, as unpacking does. Batches
-            of a data set add rows, until A is no larger; over processes (``process_group``) A is formed.
+        keep: ``"root"``: a factor that is the second moment of fewer rows than its dimension (data in
+            reduce, data times positions in expand; for B times vectors) is kept as these rows, a
+            `curvature.Root`, and formed when it is first asked for: by ``block.A``, ``block.B`` or
+            unpacking. Batches of a data set add rows, until the factor is no larger; over processes
+            (``process_group``) factors are formed. ``"factor"``: all factors are formed at once.
 
     Raises:
         ValueError: If an option is none of those listed.
@@ -118,7 +121,7 @@ class KFAC(Extension):
         max_dim: int = 16384,
         oversize: str = "raise",
         norm: str = "dense",
-        keep: str = "factor",
+        keep: str = "root",
     ):
         for name, value, allowed in (
             ("approx", approx, APPROX),
@@ -157,10 +160,10 @@ class KFAC(Extension):
             self._check_joint(unit)
         if self.fisher != "forward":
             divisors = self._divisors(layer, unit)
-            layer.add_B(self._B([unit], divisors))
+            layer.add_B(*self._B([unit], divisors))
             if divisors is not None and "bias" in unit.parameters and not self.joins(unit.parameters):
                 # the exact block of a bias alone, whose inputs are known to be ones
-                layer.add_bias_B(self._B([unit]))
+                layer.add_bias_B(*self._B([unit]))
         if layer.is_new(unit) and "weight" in layer.parameters:
             if unit.sites[0].shared:
                 # calls may arrive from several losses: the inputs are joined at the end
@@ -208,8 +211,7 @@ class KFAC(Extension):
             super().absorb_all(store, units)
             return
         layers = [store.get(u.key) or store.setdefault(u.key, _Layer(u)) for u in units]
-        groups = unit.groups
-        for layer, part in zip(layers, self._B(units).split(groups), strict=True):
+        for layer, part in zip(layers, self._B(units), strict=True):
             layer.add_B(part)
         new = [(layer, u) for layer, u in zip(layers, units, strict=True) if layer.is_new(u)]
         if new:
@@ -245,35 +247,40 @@ class KFAC(Extension):
             return [(*m, part.rows, None) for m, part in zip(means, sums, strict=True)]
         a = self.rows.inputs_of(units)
         rows, normalize = a.shape[1], self.rows.normalize(unit)
-        if self._keeps_root(a, unit):
+        if self._keeps_root(a, unit, "A"):
             return [(*self._root(part, unit), rows, normalize) for part in a.split(unit.groups)]
         A = self._second_moment(a, unit, "A", 1 / max(1, rows)).split(unit.groups)
         last = self._last_row(a, unit)
         last = [None] * len(A) if last is None else last.split(unit.groups)
         return [(part, row, rows, normalize) for part, row in zip(A, last, strict=True)]
 
-    def _B(self, units: list[Unit], divisors: Tensor | None = None) -> Tensor:
+    def _B(self, units: list[Unit], divisors: Tensor | None = None) -> tuple[Tensor | Root, ...]:
         """Return B of layers of equal shape; ``divisors[n]`` turn sums over positions into means."""
         unit = units[0]
 
-        def form() -> tuple[Tensor]:
-            b = self.rows.vectors(unit.b if len(units) == 1 else stack_vectors(units), divisors)
-            return (self._second_moment(b, unit, "B", self.b_factor(unit)),)
+        def form() -> tuple[Tensor | Root, ...]:
+            b, factor = unit.b if len(units) == 1 else stack_vectors(units), self.b_factor(unit)
+            if self.approx == "expand" and by_datum_pays(b) and self._fits(b.shape[4], "factor B", unit):
+                return gram_by_datum(self.rows.cast(b), factor).split(unit.groups)
+            b = self.rows.vectors(b, divisors)
+            if self._keeps_root(b, unit, "B") and 0 < factor < inf:
+                return tuple(map(Root, (b * factor**0.5).split(unit.groups)))
+            return self._second_moment(b, unit, "B", factor).split(unit.groups)
 
         if unit.vectors_known is None or divisors is not None or type(self) is not KFAC:
-            return form()[0]
+            return form()
         calls = tuple(frozenset(u.sites) for u in units)
-        return unit.vectors_known(("B", calls, self.b_factor(unit), *self._kind(unit)), form)[0]
+        return unit.vectors_known(("B", calls, self.b_factor(unit), *self._kind(unit)), form)
 
     def _kind(self, unit: Unit) -> tuple:
         """Return what tells factors of the same rows apart."""
         joint = self.joins(unit.parameters)
         return self.rows, self.max_dim, self.oversize, self.keep, joint
 
-    def _keeps_root(self, a: Tensor, unit: Unit) -> bool:
-        """Whether A is kept as its rows ``a[g,r,i]``."""
-        few = self.keep == "root" and 0 < a.shape[1] < a.shape[2]
-        return few and self._fits(a.shape[2], "factor A", unit)
+    def _keeps_root(self, x: Tensor, unit: Unit, factor: str) -> bool:
+        """Whether a factor is kept as its rows ``x[g,r,d]``."""
+        few = self.keep == "root" and 0 < x.shape[1] < x.shape[2]
+        return few and self._fits(x.shape[2], f"factor {factor}", unit)
 
     def _root(self, a: Tensor, unit: Unit) -> tuple[Root, Tensor | None]:
         """Return A of rows ``a[g,r,i]`` as a root, and the mean row of a joined bias, ``[g,i+1]``."""
@@ -287,10 +294,10 @@ class KFAC(Extension):
     def _sums(self, units: list[Unit]) -> list[InputMoment] | None:
         """Return sums of which A is the mean, layer by layer, where that needs no rows; else None."""
         unit = units[0]
-        size = unit.moment_size if self.approx == "expand" else None
+        rows, size = (unit.moment_shape if self.approx == "expand" else None) or (0, None)
         if size is None or not self._fits(size, "factor A", unit):
             return None
-        if self.keep == "root" and (not unit.cotangents or unit.b.shape[2:4].numel() < size):
+        if self.keep == "root" and rows < size:
             return None  # rows are what is kept
         return self.rows.moments_of(units, self.joins(unit.parameters))
 
@@ -397,7 +404,8 @@ class KFAC(Extension):
             kind = (groups, B.dtype, B.device)
             one = ones.get(kind)
             if one is None:
-                one = ones[kind] = B.new_ones((groups, 1, 1) if groups > 1 else (1, 1))
+                shape = (groups, 1, 1) if groups > 1 else (1, 1)
+                one = ones[kind] = torch.ones(shape, dtype=B.dtype, device=B.device)
             axes = BIAS if "bias" in layer.parts else layer.bias_axes
             if layer.bias_B is not None:
                 B = layer.bias_B if groups > 1 else layer.bias_B[0]
@@ -475,13 +483,13 @@ class _Layer:
             self.sites[site] = None
         return len(self.sites) > known
 
-    def add_B(self, B: Tensor) -> None:
+    def add_B(self, B: Tensor | Root) -> None:
         """Add to B."""
-        self.B = B if self.B is None else self.B + B
+        self.B = B if self.B is None else added(self.B, B)
 
-    def add_bias_B(self, B: Tensor) -> None:
+    def add_bias_B(self, B: Tensor | Root) -> None:
         """Add to the B of the bias alone."""
-        self.bias_B = B if self.bias_B is None else self.bias_B + B
+        self.bias_B = B if self.bias_B is None else added(self.bias_B, B)
 
     def all_calls(self, unit: Unit) -> Unit:
         """Return the unit of all calls of the layer that are known, those of ``unit`` included."""
@@ -521,7 +529,7 @@ class _Layer:
             ("bias_B", bias_B, 1, 1),
         ):
             if t is not None:
-                share.parts[name] = Part(t, power, times)
+                share.parts[name] = Part(dense(t), power, times)
         share.counts["rows"] = self.rows
         return share
 
@@ -558,9 +566,9 @@ class _Layer:
         if self.bias_B is not None or other.bias_B is not None:
             old = other.B if other.bias_B is None else other.bias_B
             other.bias_B, new = old, self.B if self.bias_B is None else self.bias_B
-            other.add_bias_B(new * weight)
+            other.add_bias_B(scaled(new, weight))
         if self.B is not None:
-            other.add_B(self.B * weight)
+            other.add_B(scaled(self.B, weight))
         if self.A is not None:
             other.add_A(self.A, self.last, self.rows)
 

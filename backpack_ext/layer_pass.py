@@ -18,7 +18,7 @@ from backpack_ext.coverage import check_coverage
 from backpack_ext.data_parallel import prepare_wrappers
 from backpack_ext.errors import RecordingError, UnsupportedError
 from backpack_ext.extension import Extension
-from backpack_ext.graph import Reach, walk
+from backpack_ext.graph import Reach, executes, walk
 from backpack_ext.layout import Layout
 from backpack_ext.loss_call import LossCall
 from backpack_ext.loss_scale import LossScale
@@ -58,6 +58,7 @@ class LayerPass(Receiver):
         publish: bool,
     ):
         super().__init__({})
+        self.task = torch._C._current_graph_task_id()
         self.extensions, self.stores, self.scale = extensions, stores, scale
         self.keep, self._quiet, self.publish = keep, quiet, publish
         self.main = [
@@ -69,6 +70,7 @@ class LayerPass(Receiver):
         self.unscaled: dict[Site, None] = {}  # reached from a model's output, not (yet) from a loss
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
         self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
+        self.frozen: set[Site] = set()  # since the forward pass
         self.pending = Pending()
         self.handles: list = []
         self.sweeping = False
@@ -144,6 +146,7 @@ class LayerPass(Receiver):
 
     def finish(self) -> None:
         """Hand over what waits, and check that nothing is missing."""
+        self._leave_out_captured()
         for ext in self.extensions:
             if not self.unscaled:
                 break
@@ -160,11 +163,29 @@ class LayerPass(Receiver):
         if missing and self.main:
             raise missing_cotangents(missing)
 
+    def _leave_out_captured(self) -> None:
+        """Leave out layers that the pass, which was asked for some gradients, did not go through.
+
+        Nor does it bring all vectors of parameters that other calls use as well.
+        """
+        for site in [site for site, passed in self.expected.items() if not passed]:
+            if not executes(self.sites[site][0].edge.node.next_functions):
+                del self.expected[site]
+        if len(self.expected) < len(self.sites):
+            self.unscaled = {site: None for site in self.unscaled if site in self.expected}
+            left_out = [site for site in self.sites if site not in self.expected]
+            partial = {id(p) for site in left_out for p in site.parameters.values()}
+            self.pending.shared = [
+                (site, g)
+                for site, g in self.pending.shared
+                if not any(id(p) in partial for p in site.parameters.values())
+            ]
+
     def release(self) -> None:
         """Let go of inputs that nothing will ask for any more."""
         for site in self.bare.values():  # another pass makes its own
             site.release()
-        for site in self.expected:
+        for site in (*self.expected, *self.frozen):
             if self.keep:
                 site.let_go()
             else:
@@ -180,6 +201,7 @@ class LayerPass(Receiver):
     def _batch(self, start: str, reach: Reach) -> int:
         """Return the batch size that all layers agree on."""
         self.nodes.append(reach.nodes)
+        self.frozen.update(reach.frozen)
         batches = {site.batch: site for sites in (self.sites, reach.sites) for site in sites}
         if len(batches) > 1:
             found = ", ".join(f"{site.label}: {N}" for N, site in batches.items())
@@ -250,6 +272,7 @@ class LayerPass(Receiver):
     def _tap(self, reach: Reach) -> None:
         """Place taps on the Sites' outputs, and note which of them the gradient will pass."""
         tapped, ref = self.sites, weakref.ref(self)
+        Tap.current = ref
         for site, captures in reach.sites.items():
             if site in tapped:
                 if site.broadcast and len(captures) != len(tapped[site]):
@@ -264,6 +287,7 @@ class LayerPass(Receiver):
                 handle = node.register_prehook(Tap(site, capture, ref))
                 if self.keep:
                     self.handles.append(handle)
+            # or captures, which is told apart at the end, if nothing has passed
             if torch._C._will_engine_execute_node(captures[0].edge.node):
                 self.expected[site] = False
 

@@ -74,9 +74,12 @@ class PerDatum:
     def finish(self, ext: Extension, multiplier: float) -> dict:
         """Return what the extension makes of it."""
         store, pending = {}, Pending()
+        incomplete = self._recursion().incomplete
         for site in self.sites:
             if site.error is not None:
                 continue  # its parameters are treated as outside of layers, or reported
+            if incomplete and any(id(p) in incomplete for p in site.parameters.values()):
+                continue
             if site in self.h:
                 if self.h[site].is_complex():
                     raise complex_numbers(f"what reads {site.label}")

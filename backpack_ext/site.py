@@ -45,7 +45,8 @@ class Site:
         module: The layer.
         name: Its path in the extended model.
         rule: The package-wide rule of its class; None if only single extensions have one.
-        parameters: The trainable parameters by role, e.g. ``{"weight": p, "bias": q}``.
+        parameters: The trainable parameters by role, e.g. ``{"weight": p, "bias": q}``; without those
+            that were frozen since the forward pass (see `leave_out_frozen`).
         x: The detached input. None once released, where nothing needs it (`keeps_input`), and, where
             it is saved by the hooks that autograd's own saved tensors go through, until it is read.
         keeps_input: Whether something may need the input: the layer trains more than its bias.
@@ -72,6 +73,7 @@ class Site:
         "__weakref__",
         "_live",
         "_others",
+        "_recorded",
         "_saved",
         "_version",
         "batch",
@@ -115,6 +117,7 @@ class Site:
         as_read: Tensor | None = None,
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
+        self._recorded = parameters
         self.depends_on_parameters = x.requires_grad
         x = x if as_read is None else as_read
         self.x = x.detach() if keeps_input and saved is None else None
@@ -177,8 +180,21 @@ class Site:
 
     def _keys(self) -> list[int | tuple[int, int]]:
         if not self.parts:
-            return [id(p) for p in self.parameters.values()]
-        return [self._key(role, p) for role, p in self.parameters.items()]
+            return [id(p) for p in self._recorded.values()]
+        return [self._key(role, p) for role, p in self._recorded.items()]
+
+    def leave_out_frozen(self) -> bool:
+        """Leave out parameters that were frozen since the forward pass, as the backward pass does.
+
+        Returns:
+            Whether others are left.
+        """
+        self.parameters = self._recorded
+        for p in self._recorded.values():
+            if not p.requires_grad:
+                self.parameters = {r: q for r, q in self._recorded.items() if q.requires_grad}
+                break
+        return bool(self.parameters)
 
     def input(self, k: int = 0) -> Tensor | None:
         """Return the recorded input, or the k-th of those that the rule names in ``arguments``.

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from math import ceil
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from backpack_ext.context import SuspendBackpack
 from backpack_ext.errors import RecordingError
 from backpack_ext.graph import Capture, Reach
 from backpack_ext.site import Site
+
+if TYPE_CHECKING:
+    from backpack_ext.layer_pass import LayerPass
 
 # Called with a Site and its vectors [v, *output.shape].
 Deliver = Callable[[Site, Tensor], None]
@@ -100,21 +104,32 @@ def silent():
 class Tap:
     """A hook on a graph node that sends a Site's vectors to the pass that is running.
 
-    The node owns it, so it holds neither the node nor, strongly, the pass that placed it.
+    The node owns it, so it holds neither the node nor, strongly, the pass that placed it. It serves that
+    pass alone: on operations that the pass did not execute, or where it failed, it stays.
+
+    Attributes:
+        current: The pass that runs sweeps.
     """
 
     __slots__ = ("factor", "main", "output_nr", "site", "vectors")
 
-    def __init__(self, site: Site, capture: Capture, main: weakref.ref[Receiver]):
+    current: weakref.ref[LayerPass] | None = None
+
+    def __init__(self, site: Site, capture: Capture, main: weakref.ref[LayerPass]):
         self.site, self.main = site, main
         self.output_nr, self.factor = capture.edge.output_nr, capture.factor
         self.vectors = capture.vectors
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Take the gradient at the Site's output among those at the node's outputs."""
-        g = grads[self.output_nr]
-        receiver = Receiver.active or self.main()
-        if g is not None and receiver is not None and self.site in receiver.sites:
+        g, receiver = grads[self.output_nr], Receiver.active
+        if receiver is None:
+            receiver = self.main()
+            if receiver is None or receiver.task != torch._C._current_graph_task_id():
+                return
+        elif self.main is not Tap.current:
+            return
+        if g is not None and self.site in receiver.sites:
             g = g.unsqueeze(0)
             if self.vectors is not None:
                 g = g.abs() if receiver.absolute else g
@@ -191,23 +206,18 @@ def stream(
     receiver = _SweepReceiver(reach.sites, deliver, reads_inputs)
     receiver.absolute = absolute
     outer, Receiver.active = Receiver.active, receiver
+    ends, options = [*reach.sources.values(), *parameters], {"retain_graph": True, "allow_unused": True}
     try:
-        with SuspendBackpack():
-            ends = torch.autograd.grad(
-                [start],
-                [*reach.sources.values(), *parameters],
-                [seed],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        with SuspendBackpack(ends):
+            found = torch.autograd.grad([start], ends, [seed], **options)
     finally:
         Receiver.active = outer
     # the nodes where the sweep ends are mostly not executed, so their taps were silent
-    for site, g in zip(reach.sources, ends, strict=False):
+    for site, g in zip(reach.sources, found, strict=False):
         if site not in receiver.done and not site.broadcast and g is not None:
             receiver.receive(site, 1.0, g.unsqueeze(0))
     _check_all(reach, receiver)
-    return ends[len(reach.sources) :]
+    return found[len(reach.sources) :]
 
 
 def _chunk(start: GradientEdge, reach: Reach, seeds: Tensor, deliver: Deliver, small: bool) -> None:

@@ -16,7 +16,7 @@ from backpack_ext.site import Site
 from curvature import Axes
 
 # Entries of inputs that are formed at once where they are formed in parts.
-PART = 2**20
+PART = 2**21
 
 
 class Unit:
@@ -117,8 +117,11 @@ class Unit:
 
         Patches of convolutions are many times as large as the input; parts of them take turns in memory.
         """
-        step = self._data_at_once() if self._a is None and len(self.sites) == 1 else self.batch
         site, rule = self.sites[0], _rule(self.sites[0], self.rule)
+        if type(rule).inputs_of is Rule.inputs_of or self._a is not None or len(self.sites) > 1:
+            yield slice(None), self.a
+            return
+        step = self._data_at_once()
         first = rule.inputs_of(site, slice(0, step)) if step < self.batch else None
         if first is not None:
             for k in range(0, self.batch, step):
@@ -149,9 +152,12 @@ class Unit:
         return self._mean_a
 
     @property
-    def moment_size(self) -> int | None:
-        """Number of input features where `input_moment` may be known; else None."""
-        return None if self._in_sharing else self.rule.moment_size(self.sites[0])
+    def moment_shape(self) -> tuple[int, int] | None:
+        """Numbers of rows and of input features where `input_moment` may be known; else None."""
+        if self._in_sharing:
+            return None
+        shapes = [self.rule.moment_shape(site) for site in self.sites]
+        return None if None in shapes else (sum(rows for rows, _ in shapes), shapes[0][1])
 
     def input_moment(self, dtype: torch.dtype | None, with_sum: bool = False) -> InputMoment | None:
         """Return sums over all rows of `a`, and over all calls, where `a` is not needed; else None.

@@ -150,11 +150,11 @@ class Layer:
         return [ConvWeight(**vars(replace(self.conv, batch=self.N)))]
 
     def factors(self, approx: str, V: int, roots: bool = False) -> list[Product]:
-        """Form A and B of KFAC-expand or KFAC-reduce; with ``roots`` not A where it has fewer rows."""
+        """Form A and B of KFAC-expand or KFAC-reduce; with ``roots`` none of fewer rows than columns."""
         rows = self.N * (self.S if approx == "expand" else 1)
         A = MatMul(self.groups, self.i, rows, self.i, "tn")
         B = MatMul(self.groups, self.o, V * rows, self.o, "tn")
-        return [B] if roots and rows < self.i else [A, B]
+        return [product for product in (A, B) if not (roots and product.k < product.m)]
 
     def per_sample(self, V: int = 1) -> list[Product]:
         """Form the per-sample vectors ``sum_s b a``."""

@@ -65,46 +65,58 @@ def _several(device: str) -> list:
 
 ROWS: tuple[Row, ...] = (
     # BackPACK's KFAC of a convolution is neither flavour (its B is that of reduce, its A that of
-    # expand times S); it stands beside expand.
+    # expand times S); it stands beside expand. Others form all factors, as ours do in "formed".
     Row(
         "KFAC expand mc",
         lambda device: [KFAC("expand", "mc")],
+        None,
+        lambda s: s.sweep(1) + s.each("factors", "expand", 1, True),
+    ),
+    Row(
+        "KFAC expand mc, formed",
+        lambda device: [KFAC("expand", "mc", keep="factor")],
         lambda: [theirs.KFAC(mc_samples=1)],
         lambda s: s.sweep(1) + s.each("factors", "expand", 1),
         curvlinops=("expand", "mc"),
     ),
     Row(
-        "KFAC reduce mc",
-        lambda device: [KFAC("reduce", "mc")],
-        None,
-        lambda s: s.sweep(1) + s.each("factors", "reduce", 1),
-        curvlinops=("reduce", "mc"),
-    ),
-    Row(
-        "KFAC reduce mc, roots",
-        lambda device: [KFAC("reduce", "mc", keep="root")],
-        None,
-        lambda s: s.sweep(1) + s.each("factors", "reduce", 1, True),
-    ),
-    Row(
         "KFAC expand empirical",
         lambda device: [KFAC("expand", "empirical")],
+        None,
+        lambda s: s.each("factors", "expand", 1, True),
+    ),
+    Row(
+        "KFAC expand empirical, formed",
+        lambda device: [KFAC("expand", "empirical", keep="factor")],
         None,
         lambda s: s.each("factors", "expand", 1),
         curvlinops=("expand", "empirical"),
     ),
     Row(
+        "KFAC reduce mc",
+        lambda device: [KFAC("reduce", "mc")],
+        None,
+        lambda s: s.sweep(1) + s.each("factors", "reduce", 1, True),
+    ),
+    Row(
+        "KFAC reduce mc, formed",
+        lambda device: [KFAC("reduce", "mc", keep="factor")],
+        None,
+        lambda s: s.sweep(1) + s.each("factors", "reduce", 1),
+        curvlinops=("reduce", "mc"),
+    ),
+    Row(
         "KFAC reduce empirical",
         lambda device: [KFAC("reduce", "empirical")],
         None,
-        lambda s: s.each("factors", "reduce", 1),
-        curvlinops=("reduce", "empirical"),
+        lambda s: s.each("factors", "reduce", 1, True),
     ),
     Row(
-        "KFAC reduce empirical, roots",
-        lambda device: [KFAC("reduce", "empirical", keep="root")],
+        "KFAC reduce empirical, formed",
+        lambda device: [KFAC("reduce", "empirical", keep="factor")],
         None,
-        lambda s: s.each("factors", "reduce", 1, True),
+        lambda s: s.each("factors", "reduce", 1),
+        curvlinops=("reduce", "empirical"),
     ),
     Row(
         "KFAC expand exact",

@@ -46,13 +46,13 @@ def sampled_rows(V: int) -> list[Row]:
             "KFAC expand mc",
             lambda device: [KFAC("expand", "mc", mc_samples=V)],
             None,
-            lambda s: s.sweep(V) + s.each("factors", "expand", V),
+            lambda s: s.sweep(V) + s.each("factors", "expand", V, True),
         ),
         Row(
             "KFAC reduce mc",
             lambda device: [KFAC("reduce", "mc", mc_samples=V)],
             None,
-            lambda s: s.sweep(V) + s.each("factors", "reduce", V),
+            lambda s: s.sweep(V) + s.each("factors", "reduce", V, True),
         ),
         Row(
             "DiagGGN mc",

@@ -217,8 +217,16 @@ class Block(ABC):
         eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)
         return join(self.matvec(*split(eye, self.shapes)), self.shapes).mT
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Block:
-        """Return the block on another device, in another data type."""
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Block:
+        """Return the block on another device, in another data type; ``to(torch.float64)`` works too."""
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"{type(self).__name__}.to: two data types, {device} and {dtype}.")
+            device, dtype = None, device
         return self.replaced(**{k: t.to(device=device, dtype=dtype) for k, t in self.factors.items()})
 
     def clone(self) -> Block:

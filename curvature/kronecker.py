@@ -3,7 +3,6 @@ r"""Kronecker products :math:`B \otimes A` that know which axes of a parameter t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +19,9 @@ from curvature.decomposition import (
 )
 from curvature.eigen import KroneckerEigen
 from curvature.matrix_block import MatrixBlock, layout_of, same_layout
-from curvature.root import Root, dense, mixed
+from curvature.root import Root, added, current, dense, mixed, scaled, shown
 
 
-@dataclass(eq=False, slots=True)
 class Kronecker(MatrixBlock):
     r"""A Kronecker-factored curvature block :math:`B \otimes A`.
 
@@ -35,10 +33,10 @@ class Kronecker(MatrixBlock):
     Args:
         B: Factor of the layer's outputs, ``[o, o]``; ``[o]`` if diagonal. With ``groups > 1`` both
             factors have a leading group axis.
-        A: Factor of the layer's inputs, ``[i, i]``; ``[i]`` if diagonal (one-hot inputs). A `Root` where
-            it is the second moment of fewer rows than i: products, traces, sums and factored inverses
-            then work with the rows, and A is formed where it is asked for (unpacking, eigenvectors,
-            `all_reduce`).
+        A: Factor of the layer's inputs, ``[i, i]``; ``[i]`` if diagonal (one-hot inputs). Either may be
+            a `Root`, the rows that it is the second moment of: products, traces, sums, eigenvalues and
+            factored inverses then work with the rows, and the factor is formed where it is asked for
+            (`A`, `B`, unpacking, eigenvectors, `all_reduce`).
         axes: Map from the parameter's axes to ``[g, o, i]``.
         groups: Number of groups; the block is block-diagonal over them.
         joint: Whether the last input feature is the constant 1 that belongs to the bias. The
@@ -66,19 +64,24 @@ class Kronecker(MatrixBlock):
                 [2., 2.]])
     """
 
-    B: Tensor
-    A: Tensor | Root
-    axes: Axes = MATRIX
-    groups: int = 1
-    joint: bool = False
-    rows: float | tuple[float, ...] = 1.0
+    __slots__ = ("_given_A", "_given_B", "axes", "groups", "joint", "rows")
 
-    def __post_init__(self):
-        b, a = self.B.shape, self.A.shape
-        if self.groups == 1 and len(b) == len(a) == 2 and b[0] == b[1] and a[0] == a[1]:
+    def __init__(
+        self,
+        B: Tensor | Root,
+        A: Tensor | Root,
+        axes: Axes = MATRIX,
+        groups: int = 1,
+        joint: bool = False,
+        rows: float | tuple[float, ...] = 1.0,
+    ):
+        self._given_B, self._given_A, self.axes = B, A, axes
+        self.groups, self.joint, self.rows = groups, joint, rows
+        b, a = B.shape, A.shape
+        if groups == 1 and len(b) == len(a) == 2 and b[0] == b[1] and a[0] == a[1]:
             return  # the common case, at little cost
-        lead = 1 if self.groups > 1 else 0
-        for name, factor in (("B", self.B), ("A", self.A)):
+        lead = 1 if groups > 1 else 0
+        for name, factor in (("B", B), ("A", A)):
             dims = factor.dim() - lead
             square = dims == 1 or (dims == 2 and factor.shape[-1] == factor.shape[-2])
             if not square or (lead and factor.shape[0] != self.groups):
@@ -87,44 +90,80 @@ class Kronecker(MatrixBlock):
                     f"matrix or a diagonal{f', {self.groups} of them' if lead else ''}."
                 )
 
+    @property
+    def B(self) -> Tensor:
+        """Factor of the outputs."""
+        return shown(self._given_B)
+
+    @property
+    def A(self) -> Tensor:
+        """Factor of the inputs."""
+        return shown(self._given_A)
+
+    @property
+    def _B(self) -> Tensor | Root:
+        return current(self._given_B)
+
+    @property
+    def _A(self) -> Tensor | Root:
+        return current(self._given_A)
+
+    @property
+    def roots(self) -> dict[str, Root]:
+        """The factors that are still kept as rows, by the names "B" and "A"."""
+        return {k: f for k, f in (("B", self._B), ("A", self._A)) if isinstance(f, Root)}
+
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack as ``B, A``."""
-        return iter((self.B, dense(self.A)))
+        return iter((self.B, self.A))
 
     def __repr__(self) -> str:
         kind = ", joint" if self.joint else ""
-        return f"Kronecker(B={tuple(self.B.shape)}, A={tuple(self.A.shape)}{kind})"
+        return f"Kronecker(B={tuple(self._B.shape)}, A={tuple(self._A.shape)}{kind})"
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Sizes g, o and i of the matrices; i counts the bias column."""
-        return self.groups, self.B.shape[-1], self.A.shape[-1]
+        return self.groups, self._B.shape[-1], self._A.shape[-1]
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """B and A; of a root ``A_rows``, and ``A_shift`` if it has one."""
-        if isinstance(self.A, Root):
-            return {"B": self.B, **{f"A_{name}": t for name, t in self.A.tensors.items()}}
-        return {"B": self.B, "A": self.A}
+        """B and A; of a root its ``A_rows``, and ``A_shift`` if it has one."""
+        found = {}
+        for name, factor in (("B", self._B), ("A", self._A)):
+            if isinstance(factor, Root):
+                found.update({f"{name}_{part}": t for part, t in factor.tensors.items()})
+            else:
+                found[name] = factor
+        return found
 
     def replaced(self, **factors: Tensor) -> Kronecker:
         """Return the same with other factors."""
-        if "A_rows" in factors:
-            factors["A"] = Root(factors.pop("A_rows"), factors.pop("A_shift", None))
-        return replace(self, **factors)
+        return self._with(**_kept(factors))
+
+    def _with(self, **changes) -> Kronecker:
+        """Return the same with other arguments."""
+        same = {"B": self._B, "A": self._A, "axes": self.axes, "groups": self.groups}
+        return Kronecker(**{**same, "joint": self.joint, "rows": self.rows, **changes})
+
+    def _factor(self, name: str) -> Tensor | Root:
+        return self._B if name == "B" else self._A
 
     def is_diagonal(self, name: str) -> bool:
         """Whether factor "B" or "A" is stored as its diagonal."""
-        return getattr(self, name).dim() == (2 if self.groups > 1 else 1)
+        return self._factor(name).dim() == (2 if self.groups > 1 else 1)
 
     # ------------------------------------------------------------------ plain algebra
 
     def apply(self, V: Tensor) -> Tensor:
         """Multiply the block with matrices ``V[..., g, o, i]``."""
-        B, A = self.B.to(V.dtype), self.A.to(V.dtype)
+        B, A = self._B.to(V.dtype), self._A.to(V.dtype)
         if self.groups == 1:
-            B, A = B[None], A if isinstance(A, Root) else A[None]
-        V = B[..., None] * V if self.is_diagonal("B") else B @ V
+            B, A = (f if isinstance(f, Root) else f[None] for f in (B, A))
+        if isinstance(B, Root):
+            V = B.left(V)
+        else:
+            V = B[..., None] * V if self.is_diagonal("B") else B @ V
         if isinstance(A, Root):
             return A.right(V)
         return V * A[..., None, :] if self.is_diagonal("A") else V @ A.mT
@@ -139,7 +178,7 @@ class Kronecker(MatrixBlock):
                     [1., 0.]])
         """
         turned = {k: t if self.is_diagonal(k) else t.mT for k, t in self.factors.items() if k in "BA"}
-        return replace(self, **turned)  # a root is symmetric
+        return self._with(**turned)  # a root is symmetric
 
     def trace(self) -> Tensor:
         r"""Return :math:`\sum_g \operatorname{tr} B_g \operatorname{tr} A_g`."""
@@ -170,10 +209,11 @@ class Kronecker(MatrixBlock):
             if isinstance(factor, Root)
             else torch.linalg.vector_norm(factor, dim=dims, dtype=torch.float64)
             for factor, dims in (
-                (f, None if self.groups == 1 else tuple(range(1, f.dim()))) for f in (self.B, self.A)
+                (f, None if self.groups == 1 else tuple(range(1, f.dim()))) for f in (self._B, self._A)
             )
         ]
-        return torch.linalg.vector_norm(norms[0] * norms[1]).to(widen(self.B).dtype)
+        dtype = torch.promote_types(self._B.dtype, torch.float32)
+        return torch.linalg.vector_norm(norms[0] * norms[1]).to(dtype)
 
     def inner(self, other: Kronecker) -> Tensor:
         r"""Return :math:`\langle M, M' \rangle_F = \operatorname{tr}(B^T B') \operatorname{tr}(A^T A')`.
@@ -189,7 +229,7 @@ class Kronecker(MatrixBlock):
         self._check_same(other, "inner")
         total = 1.0
         for name in ("B", "A"):
-            mine, theirs = dense(getattr(self, name)), dense(getattr(other, name))
+            mine, theirs = dense(self._factor(name)), dense(other._factor(name))
             if self.is_diagonal(name) or other.is_diagonal(name):
                 mine, theirs = self._diagonal(name), other._diagonal(name)
             product = widen(mine) * widen(theirs)
@@ -197,7 +237,7 @@ class Kronecker(MatrixBlock):
         return total.sum()
 
     def _diagonal(self, name: str) -> Tensor:
-        factor = getattr(self, name)
+        factor = self._factor(name)
         if isinstance(factor, Root):
             return factor.diagonal()
         return factor if self.is_diagonal(name) else factor.diagonal(dim1=-2, dim2=-1)
@@ -220,17 +260,15 @@ class Kronecker(MatrixBlock):
             >>> Kronecker.of_groups(blocks, Axes("(g o) i -> g o i", (("g", 2),))).diagonal().flatten()
             tensor([1., 1., 2., 2.])
         """
-        kinds = {(K.B.shape, K.A.shape, K.joint, K.groups) for K in blocks}
+        kinds = {(K._B.shape, K._A.shape, K.joint, K.groups) for K in blocks}
         if len(kinds) != 1 or blocks[0].groups != 1:
             raise ValueError(f"Kronecker.of_groups: expected blocks of one shape, got {list(blocks)}.")
         if len(blocks) == 1:
-            return replace(blocks[0], axes=axes)
+            return blocks[0]._with(axes=axes)
         rows = tuple(K.rows for K in blocks)
         return cls(
-            torch.stack([K.B for K in blocks]),
-            Root.stacked([K.A for K in blocks])
-            if all(isinstance(K.A, Root) for K in blocks)
-            else torch.stack([dense(K.A) for K in blocks]),
+            Root.stacked([K._B for K in blocks]),
+            Root.stacked([K._A for K in blocks]),
             axes,
             len(blocks),
             blocks[0].joint,
@@ -263,17 +301,17 @@ class Kronecker(MatrixBlock):
             mine, theirs = self._rows(), other._rows()
         part, rows = theirs / (mine + theirs), mine + theirs
         if isinstance(rows, Tensor):
-            part, rows = part.to(self.A.dtype), _numbers(rows)
-        return replace(self, B=self.B + other.B, A=mixed(self.A, other.A, part), rows=rows)
+            part, rows = part.to(self._A.dtype), _numbers(rows)
+        return self._with(B=added(self._B, other._B), A=mixed(self._A, other._A, part), rows=rows)
 
     def _rows(self) -> Tensor:
         """Return the rows in float64, shaped so that A can be multiplied with them."""
         rows = torch.tensor(self.rows, dtype=torch.float64, device=self.device)
-        return rows.reshape(-1, *[1] * (self.A.dim() - 1)) if rows.dim() else rows
+        return rows.reshape(-1, *[1] * (self._A.dim() - 1)) if rows.dim() else rows
 
     def scaled(self, scale: float | Tensor) -> Kronecker:
         """Return a multiple of the matrix (that is, of B): the block of a scaled loss."""
-        return replace(self, B=self.B * scale)
+        return self._with(B=scaled(self._B, scale))
 
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Move both factors towards another block's: ``factor + weight (other - factor)``.
@@ -290,11 +328,7 @@ class Kronecker(MatrixBlock):
             tensor([[1.2000]])
         """
         self._check_same(other, "lerp")
-        if isinstance(self.A, Root) or isinstance(other.A, Root):
-            A = mixed(self.A, other.A, weight)
-        else:
-            A = self.A.lerp(other.A, weight)
-        return replace(self, B=self.B.lerp(other.B, weight), A=A)
+        return self._with(B=mixed(self._B, other._B, weight), A=mixed(self._A, other._A, weight))
 
     def _check_same(self, other: Kronecker, what: str) -> None:
         diagonals = [K.is_diagonal(name) for K in (self, other) for name in ("B", "A")]
@@ -308,14 +342,14 @@ class Kronecker(MatrixBlock):
         """Return B, A times its rows, and the rows."""
         rows = self._rows()
         if self.groups > 1 and not rows.dim():  # another process's groups may differ in rows
-            rows = rows.expand(self.groups, *[1] * (self.A.dim() - 1)).contiguous()
-        A = widen(dense(self.A))
-        return [self.B, (A * rows).to(A.dtype), rows]
+            rows = rows.expand(self.groups, *[1] * (self._A.dim() - 1)).contiguous()
+        A = widen(dense(self._A))
+        return [dense(self._B), (A * rows).to(A.dtype), rows]
 
     def from_numerators(self, summed: list[Tensor], scale: float) -> Kronecker:
         """Return the block with the accumulated factors."""
         B, A, rows = summed
-        return replace(self, B=B * scale, A=(A / rows).to(self.A.dtype), rows=_numbers(rows))
+        return self._with(B=B * scale, A=(A / rows).to(self._A.dtype), rows=_numbers(rows))
 
     # ------------------------------------------------------------------ functions of the matrix
 
@@ -416,7 +450,7 @@ class Kronecker(MatrixBlock):
             name: self._inverse_factor(name, shift, method)
             for name, shift in (("B", root / pi), ("A", root * pi))
         }
-        return replace(self, **factors)
+        return self._with(**factors)
 
     def pi(self) -> Tensor:
         r"""Return :math:`\pi` of the factored damping, ``[g, 1]`` with groups, else a scalar.
@@ -431,8 +465,8 @@ class Kronecker(MatrixBlock):
         pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
         return pi[:, None] if self.groups > 1 else pi
 
-    def _inverse_factor(self, name: str, shift: Tensor, method: str) -> Tensor:
-        owner, factor = f"Kronecker.inverse: factor {name}", getattr(self, name)
+    def _inverse_factor(self, name: str, shift: Tensor, method: str) -> Tensor | Root:
+        owner, factor = f"Kronecker.inverse: factor {name}", self._factor(name)
         if isinstance(factor, Root) and factor.shift is None and bool((shift > 0).all()):
             return factor.inverse(shift[..., 0] if self.groups > 1 else shift)
         factor = widen(dense(factor))
@@ -452,7 +486,7 @@ class Kronecker(MatrixBlock):
 
     def _spectrum(self, name: str, vectors: bool) -> tuple[Tensor, Tensor | None]:
         """Return a factor's eigenvalues ``[d]`` (``[g, d]``) and eigenvectors, None if diagonal."""
-        factor, label = getattr(self, name), f"Kronecker: factor {name}"
+        factor, label = self._factor(name), f"Kronecker: factor {name}"
         if self.is_diagonal(name):
             check_finite(label, factor)
             return nonnegative(label, widen(factor), factor.dtype), None
@@ -480,8 +514,18 @@ class Kronecker(MatrixBlock):
     def from_state_dict(cls, state: dict) -> Kronecker:
         """Make a block of what `state_dict` returned."""
         rows = tuple(state["rows"]) if isinstance(state["rows"], list) else state["rows"]
-        A = Root(state["A_rows"], state.get("A_shift")) if "A_rows" in state else state["A"]
-        return cls(state["B"], A, **layout_of(state), rows=rows)
+        names = ("B", "A", "B_rows", "B_shift", "A_rows", "A_shift")
+        factors = _kept({name: state[name] for name in names if name in state})
+        return cls(**factors, **layout_of(state), rows=rows)
+
+
+def _kept(factors: dict[str, Tensor]) -> dict[str, Tensor | Root]:
+    """Return factors by name, those given as ``A_rows`` and ``A_shift`` as roots."""
+    kept = {name: t for name, t in factors.items() if name in "BA"}
+    for name in "BA":
+        if f"{name}_rows" in factors:
+            kept[name] = Root(factors[f"{name}_rows"], factors.get(f"{name}_shift"))
+    return kept
 
 
 def _numbers(rows: Tensor) -> float | tuple[float, ...]:

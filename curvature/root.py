@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Root:
     r"""A matrix :math:`A = R^T R`, or :math:`\sigma I - R^T R`, of few rows R.
 
     With r < i rows, products cost 2 r i instead of i^2, and i^2 numbers need not be kept. `Kronecker`
-    takes it in the place of A; the second form is that of damped inverses.
+    takes it in the place of a factor; the second form is that of damped inverses.
 
     Args:
         rows: R, ``[r, i]``, or ``[g, r, i]`` for one matrix per group.
@@ -35,7 +35,7 @@ class Root:
         tensor([0.8333, 0.3333, 1.0000])
     """
 
-    __slots__ = ("_dense", "rows", "shift")
+    __slots__ = ("_dense", "is_shown", "rows", "shift")
 
     def __init__(self, rows: Tensor, shift: Tensor | None = None):
         if rows.dim() not in (2, 3) or (shift is not None and shift.shape != rows.shape[:-2]):
@@ -45,6 +45,7 @@ class Root:
             )
         self.rows, self.shift = rows, shift
         self._dense: Tensor | None = None
+        self.is_shown = False  # whether a user has the matrix: then what is done to that counts
 
     def __repr__(self) -> str:
         return f"Root(rows={tuple(self.rows.shape)}{'' if self.shift is None else ', shifted'})"
@@ -68,6 +69,11 @@ class Root:
         return self.rows.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Device of the rows."""
+        return self.rows.device
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The rows, and the shift if there is one."""
         return {"rows": self.rows} | ({} if self.shift is None else {"shift": self.shift})
@@ -84,10 +90,7 @@ class Root:
 
     @without_autocast
     def dense(self) -> Tensor:
-        """Return the matrix in float32 or above, formed at the first call and kept.
-
-        Change neither it nor the rows in place.
-        """
+        """Return the matrix in float32 or above, formed at the first call and kept."""
         if self._dense is None:
             rows = widen(self.rows)
             A = rows.mT @ rows
@@ -101,6 +104,10 @@ class Root:
         """Return ``V A`` of matrices ``V[..., o, i]``, with groups ``V[..., g, o, i]``."""
         product = (V @ self.rows.mT) @ self.rows
         return product if self.shift is None else self.shift[..., None, None] * V - product
+
+    def left(self, V: Tensor) -> Tensor:
+        """Return ``A V`` of matrices ``V[..., i, o]``, with groups ``V[..., g, i, o]``."""
+        return self.right(V.mT).mT
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``[i]`` or ``[g, i]``."""
@@ -126,6 +133,8 @@ class Root:
             ValueError: If the matrix is found to be indefinite.
         """
         rows = widen(self.rows)
+        if not rows.shape[-2]:
+            return rows.new_zeros(self.shape[:-1])
         values, _ = symmetric_eigh(name, rows @ rows.mT, vectors=False)
         values = nonnegative(name, values, self.dtype)
         # below the eigenvalues' rounding they are zero, as they are in `decomposition.eigh`
@@ -160,23 +169,35 @@ class Root:
         Z = torch.linalg.solve_triangular(L, rows, upper=False) / c.sqrt()
         return Root(Z, 1 / damping.to(rows.dtype))
 
+    def scaled(self, scale: float | Tensor) -> Root | Tensor:
+        """Return a multiple, dense if the number is negative or a tensor."""
+        if isinstance(scale, Tensor) or not 0 <= scale < inf:
+            return self.dense() * scale  # a tensor's sign is not known, and would have to be waited for
+        shift = None if self.shift is None else self.shift * scale
+        return Root(self.rows * sqrt(scale), shift)
+
+    def joined(self, other: Root) -> Root | Tensor:
+        """Return the sum with another of the first form: all rows, or dense if that is no larger."""
+        rows = torch.cat([self.rows, other.rows], dim=-2)
+        both = Root(rows.to(torch.promote_types(self.dtype, other.dtype)))
+        return both if rows.shape[-2] < rows.shape[-1] else both.dense()
+
     def mixed(self, other: Root, part: float | Tensor) -> Root | Tensor:
-        """Return ``(1 - part) A + part A'``: a root of both rows, or dense if that is no larger.
+        """Return ``(1 - part) A + part A'``, as `joined`.
 
         Args:
             other: Of the first form, as this one.
             part: Between 0 and 1; a number, or ``[g, 1, 1]``.
         """
         kept, new = ((p.sqrt() if isinstance(p, Tensor) else sqrt(p)) for p in (1 - part, part))
-        rows = torch.cat([self.rows * kept, other.rows * new], dim=-2)
-        joined = Root(rows.to(torch.promote_types(self.dtype, other.dtype)))
-        return joined if rows.shape[-2] < rows.shape[-1] else joined.dense()
+        return Root(self.rows * kept).joined(Root(other.rows * new))
 
     @staticmethod
-    def stacked(roots: Sequence[Root]) -> Root | Tensor:
-        """Return the matrices of groups as one, dense if their numbers of rows differ."""
-        if any(root.shift is not None for root in roots) or len({r.rows.shape for r in roots}) > 1:
-            return torch.stack([root.dense() for root in roots])
+    def stacked(factors: Sequence[Tensor | Root]) -> Root | Tensor:
+        """Return the factors of groups as one, a root if all are and have equally many rows."""
+        roots = [f for f in factors if isinstance(f, Root) and f.shift is None]
+        if len(roots) < len(factors) or len({root.rows.shape for root in roots}) > 1:
+            return torch.stack([dense(f) for f in factors])
         return Root(torch.stack([root.rows for root in roots]))
 
 
@@ -185,10 +206,38 @@ def dense(A: Tensor | Root) -> Tensor:
     return A.dense() if isinstance(A, Root) else A
 
 
+def shown(A: Tensor | Root) -> Tensor:
+    """Return a factor as a tensor, for a user, who may change it."""
+    if isinstance(A, Root):
+        A.is_shown = True
+    return dense(A)
+
+
+def current(A: Tensor | Root) -> Tensor | Root:
+    """Return a root unless a user has its matrix, else that."""
+    return A.dense() if isinstance(A, Root) and A.is_shown else A
+
+
+def scaled(A: Tensor | Root, scale: float | Tensor) -> Tensor | Root:
+    """Return a multiple."""
+    return A.scaled(scale) if isinstance(A, Root) else A * scale
+
+
+def added(A: Tensor | Root, other: Tensor | Root) -> Tensor | Root:
+    """Return the sum, a root where both are and that is no larger."""
+    return A.joined(other) if _plain(A, other) else dense(A) + dense(other)
+
+
 def mixed(A: Tensor | Root, other: Tensor | Root, part: float | Tensor) -> Tensor | Root:
     """Return ``A + part (A' - A)``, a root where both are and that is no larger."""
-    plain = isinstance(A, Root) and isinstance(other, Root) and A.shift is None and other.shift is None
-    if plain and (isinstance(part, Tensor) or 0 <= part <= 1):
+    if _plain(A, other) and (isinstance(part, Tensor) or 0 <= part <= 1):
         return A.mixed(other, part)
-    A = dense(A)
-    return A + part * (dense(other) - A)
+    A, other = dense(A), dense(other)
+    if isinstance(part, Tensor) or A.dtype != other.dtype:
+        return A + part * (other - A)
+    return A.lerp(other, part)
+
+
+def _plain(*factors: Tensor | Root) -> bool:
+    """Whether all are roots of the first form."""
+    return all(isinstance(f, Root) and f.shift is None for f in factors)

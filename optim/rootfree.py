@@ -71,7 +71,6 @@ class RootFree(Optimizer, ABC):
 
     def __init__(self, params: Any, defaults: dict[str, Any], generator: Generator | None):
         self.generator = generator
-        self.skipped = 0
         if isinstance(params, nn.Module):
             params = params.named_parameters()
         super().__init__(params, defaults)
@@ -121,6 +120,20 @@ class RootFree(Optimizer, ABC):
     def _name(self) -> str:
         return type(self).__name__
 
+    @property
+    def skipped(self) -> int:
+        """Number of steps that were skipped.
+
+        An entry of every group, which checkpoints of all kinds keep; those of earlier versions have none
+        and begin at zero.
+        """
+        return self.param_groups[0]["skipped"] if self.param_groups else 0
+
+    @skipped.setter
+    def skipped(self, value: int) -> None:
+        for group in self.param_groups:
+            group["skipped"] = value
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own.
 
@@ -133,7 +146,7 @@ class RootFree(Optimizer, ABC):
             self._check_number(name, options[name])
         self._check_number("batch_size", options["batch_size"], positive=True)
         self._check_options(options)
-        super().add_param_group(param_group)
+        super().add_param_group({**param_group, "skipped": self.skipped})
 
     def _check_number(
         self, name: str, value: Any, positive: bool = False, below: float = math.inf
@@ -293,7 +306,12 @@ class RootFree(Optimizer, ABC):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "generator": self.generator, "skipped": self.skipped}
+        return {**super().__getstate__(), "generator": self.generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "skipped"})
+        for group in self.param_groups:  # what an earlier version saved, or pickled, has none
+            group.setdefault("skipped", state.get("skipped", 0))
 
 
 def _check_checkpoint(optimizer: RootFree, state_dict: dict[str, Any]) -> dict[str, Any]:

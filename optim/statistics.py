@@ -237,7 +237,7 @@ class Statistics(Extension):
         return (
             len({id(layer) for layer in layers}) == len(layers)
             and not any(u.sites[0].parts or self.rows.is_one_hot(u) for u in units)
-            and not (self.rows.approx == "expand" and unit.moment_size is not None)
+            and not (self.rows.approx == "expand" and unit.moment_shape is not None)
             and all(u.existing is None for u in units)
             and self.source.stackable(layers)
         )
@@ -278,7 +278,7 @@ class Statistics(Extension):
 
     def _sums(self, layer: Layer, unit: Unit) -> InputMoment | None:
         """Return sums over a layer's rows where that is less work than to list them."""
-        if self.rows.approx != "expand" or unit.moment_size is None:
+        if self.rows.approx != "expand" or unit.moment_shape is None:
             return None
         rows = sum(s.out_shape.numel() for s in unit.sites) // (layer.form.rows * layer.form.groups)
         if not self.source.forms_moment(layer, "A", rows):

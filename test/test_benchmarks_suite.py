@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import fit, goals, models, peers, report, scaling, table
+from benchmarks import by_hand, fit, goals, models, peers, report, scaling, table
 from benchmarks.__main__ import RESULTS, main, parse
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.models import PROBLEMS, ResNet
@@ -187,12 +187,25 @@ def test_curvlinops_factors_agree(approx):
 
 def test_missing_peer_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "installed", dict)
-    arguments = ["--models", "tiny", "--repetitions", "1", "--rows", "expand mc"]
+    arguments = ["--models", "tiny", "--repetitions", "1", "--rows", "mc, formed"]
     arguments += ["--threads", "1", "--out", str(tmp_path)]
-    (row,) = main(arguments)["problems"][0]["rows"]
-    assert "curvlinops" not in row
+    rows = main(arguments)["problems"][0]["rows"]
+    assert len(rows) == 2 and not any("curvlinops" in row for row in rows)
     assert "Not installed" in capsys.readouterr().out
     assert (tmp_path / "cpu-some.json").exists()  # some rows do not replace all
+
+
+def test_steps_by_hand(tmp_path, capsys):
+    """They leave what ours leave, or nothing is timed."""
+    path = tmp_path / "by-hand.json"
+    by_hand.main(["--seconds", "0", "--threads", "1", "--output", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert tuple(rows) == by_hand.NAMES and all(
+        set(r) == {"ours", "by hand", "floor"} for r in rows.values()
+    )
+    assert by_hand.table(rows) in capsys.readouterr().out
+    stored = json.loads(by_hand.PATH.read_text())["rows"]
+    assert by_hand.table(stored) in README.read_text()
 
 
 # --------------------------------------------------------------------------- stored results

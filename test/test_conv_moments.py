@@ -274,7 +274,7 @@ def test_factors(level: int, bias: str, fisher: str, transposed: bool, groups: i
         u = torch.cat([u, torch.ones_like(u[:, :1])], dim=1)
     expected = u @ u.mT / u.shape[2]
     forbid_patches(monkeypatch)
-    found = factor(Summed(conv), conv, x, fisher=fisher, bias=bias)
+    found = factor(Summed(conv), conv, x, fisher=fisher, bias=bias, keep="factor")
     assert torch.allclose(found, expected if groups > 1 else expected[0], rtol=1e-10, atol=1e-10)
 
 

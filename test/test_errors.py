@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backpack.context import CTX
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,6 +11,7 @@ from backpack_ext import (
     BatchGrad,
     BatchL2Grad,
     DiagGGN,
+    HesScale,
     RecordingError,
     UnsupportedError,
     backpack,
@@ -302,3 +304,36 @@ def test_output_that_is_a_view_of_a_part(inplace):
         ]
         torch.testing.assert_close(p.grad_batch, torch.stack(rows))
     assert isinstance(model[0].weight.kfac, Kronecker)  # as a matrix product
+
+
+@pytest.mark.parametrize("ext", [DiagGGN, HesScale])
+def test_layer_that_no_loss_is_behind(ext):
+    """The gradient at its output is handed to it from another graph."""
+    model, loss_fn, x, y = parts()
+    with backpack(ext()):
+        h = model[0](x)
+        cut = h.detach().requires_grad_()
+        loss_fn(model[1:](cut), y).backward()
+        with pytest.raises(RecordingError, match="without passing an extended loss"):
+            h.backward(cut.grad)
+
+
+def test_a_block_within_itself():
+    """What was active before it must be active again behind it."""
+    model, loss_fn, x, y = parts()
+    block = backpack(BatchGrad())
+    with block, pytest.raises(RecordingError, match="open already"), block:
+        pass
+    assert backpack.current is None and not CTX.active_exts
+    with block:  # one after the other
+        loss_fn(model(x), y).backward()
+    torch.testing.assert_close(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
+
+
+def test_an_extension_given_twice_counts_once():
+    model, loss_fn, x, y = parts()
+    one, twice = KFAC(fisher="exact"), KFAC(fisher="exact", savefield="twice")
+    with backpack(twice, one, twice):
+        loss_fn(model(x), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.twice.to_dense(), p.kfac.to_dense())

@@ -549,6 +549,22 @@ def test_chunks_of_outputs(name: str, outputs_at_once: int, monkeypatch: pytest.
     assert len(formed) == 2 * n * -(-o // outputs_at_once)
 
 
+@pytest.mark.parametrize("outputs_at_once", [1, 2, 100])
+@pytest.mark.parametrize("name", ["long", "long, groups"])
+def test_squares_one_by_one(name: str, outputs_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Large per-sample vectors are squared and added up without being formed for several data."""
+    g, v, n, s, i, o = SIZES[name]
+    torch.manual_seed(0)
+    a, b = torch.randn(g, n, s, i).double(), torch.randn(g, v, n, s, o).double()
+    expected = per_sample(a, b).square().sum((0, 1))
+    monkeypatch.setattr(normal, "per_sample", None)
+    monkeypatch.setattr(normal, "SINGLE", o * i)
+    monkeypatch.setattr(normal, "BUFFER", outputs_at_once * i)
+    close(normal.square_sum(a, b), expected)
+    turned = a.mT.contiguous().mT, b.mT.contiguous().mT  # as a convolution's
+    close(normal.square_sum(*turned), expected)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("s", [1, 5])
 def test_contractions_of_one_hot_inputs(s: int, masked: bool):

@@ -499,6 +499,7 @@ def clones(params: list[nn.Parameter]) -> list[nn.Parameter]:
 def test_resume_gives_the_same_bits(make, dtype, rounding):
     params = make_params(dtype=dtype)
     data = make_grads(params, 9)
+    data[2] = [math.nan * g for g in data[2]]
     opt = make(params, stochastic_rounding=rounding)
     run(opt, params, data[:4])
     state = opt.state_dict()
@@ -507,8 +508,11 @@ def test_resume_gives_the_same_bits(make, dtype, rounding):
     saved, others = by_torch(state), clones(params)
     again = make(others, stochastic_rounding=rounding)
     again.load_state_dict(saved)
+    assert again.skipped == 1
+    data[6] = data[2]
     run(opt, params, data[4:])
     run(again, others, data[4:])
+    assert opt.skipped == again.skipped == 2
     assert_equal(params, others)
     for p, q in zip(params, others, strict=True):
         for name, value in opt.state[p].items():
@@ -517,6 +521,24 @@ def test_resume_gives_the_same_bits(make, dtype, rounding):
             if isinstance(value, Tensor):
                 least = torch.float32 if name == "step" else torch.promote_types(dtype, torch.float32)
                 assert value.dtype == other.dtype == least
+
+
+@every
+def test_states_without_skipped(make):
+    """Earlier versions neither saved the number nor had it in groups, only in pickles."""
+    params = make_params()
+    opt = make([{"params": [p]} for p in params])
+    run(opt, params, make_grads(params, 2))
+    opt.skipped = 3
+    state, pickled = opt.state_dict(), opt.__getstate__()
+    for group in (*state["param_groups"], *pickled["param_groups"]):
+        del group["skipped"]
+    opt.load_state_dict(state)
+    assert opt.skipped == 0
+    other = object.__new__(type(opt))
+    other.__setstate__({**pickled, "skipped": 3})
+    other.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert {group["skipped"] for group in other.param_groups} == {3}
 
 
 @every

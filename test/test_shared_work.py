@@ -95,7 +95,7 @@ def test_the_same_factors_twice(net: str, fisher: str, options: dict):
     _, closure = parts(net)
 
     def kfac(name, draws=None):
-        return KFAC(fisher=fisher, generator=draws, savefield=name, **options)
+        return KFAC(fisher=fisher, generator=draws, savefield=name, keep="factor", **options)
 
     once = products(closure, kfac("one", generator()))
     draws = generator()
@@ -109,7 +109,7 @@ def test_the_same_inputs_under_other_vectors(net: str):
     model, closure = parts(net)
 
     def kfac(fisher):
-        return KFAC(fisher=fisher, savefield=fisher)
+        return KFAC(fisher=fisher, savefield=fisher, keep="factor")
 
     fishers = ("mc", "exact", "empirical", "forward")
     alone = {fisher: products(closure, kfac(fisher)) for fisher in fishers}

@@ -376,6 +376,17 @@ def test_half_precision_and_integers():
         assert value.dtype == dtype and torch.equal(value.to(torch.complex128).real, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_half_types(dtype):
+    """Sums leave the range, and lose the digits, of half types: they are float32's."""
+    conv, x = Convolution((2, 2), padding=1, groups=2), (100 * torch.rand(3, 4, 5, 5)).to(dtype)
+    S = (100 * torch.rand(2, 3, 6, 6, 6)).to(dtype)
+    for of in (conv.kfac_expand, conv.kfac_reduce, lambda x: conv.ggn_diagonal(x, S.to(x.dtype))):
+        found, exact = of(x).contract(), of(x.double()).contract()
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
 ORDERS = {"search": 12, "halves, else greedy": 2}
 
 

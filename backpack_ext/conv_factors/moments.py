@@ -38,8 +38,10 @@ from curvature.panels import symmetric_product
 
 # Entries that are laid out at once.
 WORKSPACE = 2**22
-# From this many entries on, sums of cells are formed one after the other.
-LARGE = 2**18
+# From this many entries of A on, it is put together pair by pair.
+LARGE = 2**21
+# Columns that are this small a part of the input are copied once for all cells.
+FEW = 8
 
 
 def moment(
@@ -130,27 +132,29 @@ def _product(a: Tensor, b: Tensor | None) -> Tensor:
 
 def _cells(phases: dict[tuple[int, ...], Tensor], scheme: Plan) -> list[Tensor]:
     """Return the products of all cells, ``[g, m, m]`` each."""
-    masked: dict[tuple, Tensor] = {}
-    return [_cell(phases, cell, masked) for cell in scheme.cells]
+    known: dict[tuple, Tensor] = {}
+    return [_cell(phases, cell, known) for cell in scheme.cells]
 
 
-def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, masked: dict[tuple, Tensor]) -> Tensor:
-    """Return the product of one cell, ``[g, m, m]``."""
+def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, known: dict[tuple, Tensor]) -> Tensor:
+    """Return the product of one cell, ``[g, m, m]``; ``known`` are copies that several cells need."""
     a, b = phases[cell.left], phases[cell.right]  # [g, m, J_1, n, J_2, ...]
     (lo, *los), (hi, *his), (shift, *shifts) = cell.lo, cell.hi, cell.shift
     inner = list(enumerate(zip(los, his, shifts, cell.open[1:], strict=True), 4))
     if not cell.in_place:
-        one, other = a[:, :, lo:hi], b[:, :, lo + shift : hi + shift]
-        for axis, (start, end, move, _) in inner:
-            one = one.narrow(axis, start, end - start)
-            other = other.narrow(axis, start + move, end - start)
-        return _product(one.flatten(2), None if cell.symmetric else other.flatten(2))
+        one = _cut(a, cell.left, [(start, end) for _, (start, end, _, _) in inner], known)
+        one = one[:, :, lo:hi].flatten(2)
+        if cell.symmetric:
+            return _product(one, None)
+        moved = [(start + move, end + move) for _, (start, end, move, _) in inner]
+        other = _cut(b, cell.right, moved, known)
+        return _product(one, other[:, :, lo + shift : hi + shift].flatten(2))
     bounds = tuple(None if opened else (start, end) for _, (start, end, _, opened) in inner)
     if any(bounds):
         key = (cell.left, bounds)
-        if key not in masked:
-            masked[key] = _masked(a, bounds)
-        a = masked[key]
+        if key not in known:
+            known[key] = _masked(a, bounds)
+        a = known[key]
     # All pairs at one distance in memory; where a shift leaves a row it meets the zeros behind it.
     stride = prod(a.shape[3:])
     distance = shift * stride + sum(move * prod(a.shape[axis + 1 :]) for axis, (_, _, move, _) in inner)
@@ -158,6 +162,20 @@ def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, masked: dict[tuple,
     first, last = max(lo * stride, -distance), min(hi * stride, other.shape[2] - distance)
     one, other = one[..., first:last], other[..., first + distance : last + distance]
     return _product(one, None if cell.symmetric and not any(bounds) else other)
+
+
+def _cut(
+    a: Tensor, phase: tuple[int, ...], ranges: list[tuple[int, int]], known: dict[tuple, Tensor]
+) -> Tensor:
+    """Return the ranges of axes 4 and up, in memory of their own where they are few columns."""
+    key, whole = (phase, "cut", *ranges), a
+    if key in known:
+        return known[key]
+    for axis, (start, end) in enumerate(ranges, 4):
+        a = a.narrow(axis, start, end - start)
+    if a.numel() * FEW <= whole.numel():  # cells at a border share its columns
+        a = known[key] = a.contiguous()
+    return a
 
 
 def _masked(a: Tensor, bounds: tuple[tuple[int, int] | None, ...]) -> Tensor:
@@ -175,15 +193,19 @@ def _assembled(cells: list[Tensor], geometry: Geometry, level: int, scheme: Plan
     g, m, _ = cells[0].shape
     K = prod(d.kernel for d in geometry.dimensions[:level])
     k = prod(d.kernel for d in geometry.dimensions[level:])
+    c = m // k
+    if g * m * m * K * K < LARGE:
+        found = (scheme.members.to(cells[0]) @ torch.stack(cells).flatten(1)).view(-1, g, m, m)
+        found = torch.cat([found, found.mT, found.new_zeros(1, g, m, m)])
+        found = found.index_select(0, scheme.places(K).to(found.device))
+        found = found.view(K, K, g, c, k, c, k).permute(2, 3, 0, 4, 5, 1, 6)
+        return found.reshape(g, m * K, m * K).contiguous()
     full = 2 * len(scheme.pairs) == K * (K + 1)
-    out = (cells[0].new_empty if full else cells[0].new_zeros)(g, m // k, K, k, m // k, K, k)
-    if g * m * m < LARGE:
-        sums = (scheme.members.to(cells[0]) @ torch.stack(cells).flatten(1)).unbind()
-    else:  # what is added up is not formed for all pairs at once
-        mine = (row.nonzero().flatten().tolist() for row in scheme.members)
-        sums = (reduce(torch.add, [cells[q] for q in row]) for row in mine)
+    out = (cells[0].new_empty if full else cells[0].new_zeros)(g, c, K, k, c, K, k)
+    mine = (row.nonzero().flatten().tolist() for row in scheme.members)
+    sums = (reduce(torch.add, [cells[q] for q in row]) for row in mine)  # not formed all at once
     for part, (one, other) in zip(sums, scheme.pairs, strict=True):
-        part = part.view(g, m // k, k, m // k, k)
+        part = part.view(g, c, k, c, k)
         out[:, :, one, :, :, other] = part
         if one != other:
             out[:, :, other, :, :, one] = part.permute(0, 3, 4, 1, 2)

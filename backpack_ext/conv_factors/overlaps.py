@@ -145,6 +145,18 @@ class Plan:
     pairs: tuple[tuple[int, int], ...]
     members: Tensor
 
+    def places(self, K: int) -> Tensor:
+        """Return for all K^2 pairs, row-major, where their sum is.
+
+        In a list of the P sums of `pairs`, then these transposed, then zero.
+        """
+        P = len(self.pairs)
+        places = torch.full((K, K), 2 * P)
+        for n, (one, other) in enumerate(self.pairs):
+            places[other, one] = P + n
+            places[one, other] = n
+        return places.flatten()
+
 
 def _pairs(dimensions: tuple[Dimension, ...]) -> Iterator[tuple[tuple, tuple]]:
     entries = list(product(*(range(d.kernel) for d in dimensions)))

@@ -44,22 +44,39 @@ def unfold(x: Tensor, dimensions: Sequence[Dimension]) -> Tensor:
         ``[..., *O, *K]``; a view of x, or of a padded copy, unless a dimension is transposed.
     """
     first, strides = x.dim() - len(dimensions), [1 if d.transposed else d.stride for d in dimensions]
-    x, pads = _stuffed(x, dimensions), []
-    for axis, (d, stride) in enumerate(zip(dimensions, strides, strict=True), first):
-        reach, size = d.dilation * (d.kernel - 1), x.shape[axis]
-        # the entries from `start` to `stop` are met, of which those from `low` to `high` exist
+    met = []
+    for d, stride in zip(dimensions, strides, strict=True):
+        reach = d.dilation * (d.kernel - 1)
         start = d.before - reach if d.transposed else -d.before
-        stop = start + stride * (d.out - 1) + reach + 1
+        met.append((start, start + stride * (d.out - 1) + reach + 1))
+    x = window(_stuffed(x, dimensions), first, met)
+    for axis, (d, stride) in enumerate(zip(dimensions, strides, strict=True), first):
+        x = x.unfold(axis, d.dilation * (d.kernel - 1) + 1, stride)[..., :: d.dilation]
+    flipped = [k for k, d in enumerate(dimensions, x.dim() - len(dimensions)) if d.transposed]
+    return x.flip(flipped) if flipped else x
+
+
+def window(x: Tensor, first: int, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    """Crop and pad: return the entries from ``start`` to ``stop`` of axes, zeros where there are none.
+
+    Args:
+        x: A tensor.
+        first: The first of the axes, which follow each other.
+        bounds: ``(start, stop)`` of each axis; they may lie anywhere.
+
+    Returns:
+        A view of x, or a copy if there are zeros.
+    """
+    pads: list[int] = []  # the last axis first
+    for axis, (start, stop) in enumerate(bounds, first):
+        size = x.shape[axis]
         low = min(max(start, 0), size)
         high = max(low, min(stop, size))
         if (low, high) != (0, size):
             x = x.narrow(axis, low, high - low)
         pads = [low - start, stop - high, *pads] if low < high else [stop - start, 0, *pads]
-    x = F.pad(x, pads) if any(pads) else x
-    for axis, (d, stride) in enumerate(zip(dimensions, strides, strict=True), first):
-        x = x.unfold(axis, d.dilation * (d.kernel - 1) + 1, stride)[..., :: d.dilation]
-    flipped = [k for k, d in enumerate(dimensions, x.dim() - len(dimensions)) if d.transposed]
-    return x.flip(flipped) if flipped else x
+    behind = x.dim() - first - len(bounds)
+    return F.pad(x, [0, 0] * behind + pads) if any(pads) else x
 
 
 def _stuffed(x: Tensor, dimensions: Sequence[Dimension]) -> Tensor:

@@ -29,10 +29,11 @@ class Arrival:
         keep: Whether the graph outlives the pass, so that hooks have to be removed.
     """
 
-    __slots__ = ("handles", "keep", "to")
+    __slots__ = ("handles", "keep", "task", "to")
 
     def __init__(self, to: Waiting, keep: bool):
         self.to, self.keep = weakref.ref(to), keep
+        self.task = torch._C._current_graph_task_id()
         self.handles: list = []
 
     def bring(self, node: Node) -> None:
@@ -43,7 +44,8 @@ class Arrival:
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         """Bring them."""
-        if Receiver.active is None:  # else in a nested pass
+        # else in a nested pass, or in one after the recursion's own, which failed
+        if Receiver.active is None and self.task == torch._C._current_graph_task_id():
             to = self.to()
             if to is not None:
                 to.arrive(torch._C._current_autograd_node(), grads)

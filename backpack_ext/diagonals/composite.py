@@ -123,7 +123,7 @@ def _by_autograd(start: Edge) -> Callable[[Step], Tensor]:
         end, edge = GradientEdge(step.node, 0), gradient_edge(start)
         like = step.g[0] if step.g is not None else step.h[0].to(step.node._input_metadata[0].dtype)
         ones = torch.ones_like(like)
-        with torch.enable_grad(), silent(), SuspendBackpack():
+        with torch.enable_grad(), silent(), SuspendBackpack([edge]):
             curved = step.g is not None
             (d1,) = torch.autograd.grad([end], [edge], [ones], retain_graph=True, create_graph=curved)
             d2 = None

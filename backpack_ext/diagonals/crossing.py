@@ -70,7 +70,7 @@ def _back(edge: Edge, forks: Sequence[Edge], vector: Tensor) -> list[Tensor | No
     vector = vector.sum_to_size(shape_of(edge)).to(start.node._input_metadata[start.output_nr].dtype)
     if len(forks) == 1 and same(edge, forks[0]):
         return [vector]
-    with torch.enable_grad(), silent(), SuspendBackpack():
-        ends, options = [gradient_edge(fork) for fork in forks], {"allow_unused": True}
+    ends, options = [gradient_edge(fork) for fork in forks], {"allow_unused": True}
+    with torch.enable_grad(), silent(), SuspendBackpack(ends):
         found = torch.autograd.grad([start], ends, [turned(edge, vector)], retain_graph=True, **options)
     return [t if t is None else turned(fork, t) for fork, t in zip(forks, found, strict=True)]

@@ -284,7 +284,7 @@ def embedding(step: Step) -> Diagonals:
     """Cross a lookup: h summed per token."""
     (h,), n = step.h, step.node
     index = n._saved_indices.flatten()
-    h = h.reshape(len(index), -1)
+    h = h.reshape(len(index), h.shape[-1])
     padding = signed(n._saved_padding_idx)
     _check_frequencies(n)
     if padding >= 0:

@@ -84,7 +84,8 @@ class Operation:
 def leaf_edge(node: Node | None) -> Edge | bool:
     """Return the edge that ends at a parameter.
 
-    It is True where nothing is wanted, at other tensors, and False inside of the graph.
+    It is True where nothing is wanted (at other tensors, and at parameters that were frozen after the
+    forward pass), and False inside of the graph.
     """
     kind, place = type(node), LEAF
     if kind is TRANSPOSE:
@@ -94,7 +95,8 @@ def leaf_edge(node: Node | None) -> Edge | bool:
         return node is None
     p = node.variable
     # the type first: asking for instances of Parameter is slow
-    return (p, place) if type(p) is nn.Parameter or isinstance(p, nn.Parameter) else True
+    wanted = (type(p) is nn.Parameter or isinstance(p, nn.Parameter)) and p.requires_grad
+    return (p, place) if wanted else True
 
 
 def collect(results: Results, edge: Edge, h: Tensor, turned: bool = False) -> None:

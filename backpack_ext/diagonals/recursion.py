@@ -38,6 +38,7 @@ from backpack_ext.diagonals.rule import (
 from backpack_ext.diagonals.softmax import softmax_curvature
 from backpack_ext.diagonals.unknown import by_signs, check_known
 from backpack_ext.errors import RecordingError, UnsupportedError
+from backpack_ext.graph import executes, walk
 from backpack_ext.own_pass import in_a_pass_of_its_own
 from backpack_ext.quiet import Quiet
 from curvature.decomposition import widen
@@ -77,6 +78,7 @@ class Recursion:
         self.watched: set[Node] = set()  # where gradients are needed for other reasons
         self.inside: set[Node] = set()  # nodes of composites
         self.left = 0  # inputs of operations that are parameters and have got nothing yet
+        self.incomplete: set[int] = set()  # ids of parameters that h did not reach on all ways
         self.hooked = False  # do saved tensors come from hooks (activation checkpointing)?
 
     # ------------------------------------------------------------------ events
@@ -151,13 +153,18 @@ class Recursion:
         left = list(self.chain.held)
         if self.left:
             left += [node for node, op in self.operations.items() if not (op.done or op.inside)]
-        left = [node.name() for node in left if torch._C._will_engine_execute_node(node)]
         self.operations, self.watched, self.chain.held, self.chain.passed = {}, set(), {}, set()
-        if left:
-            raise RecordingError(
-                f"Hessian diagonals: no gradient arrived at the output of {left[0]}, although the loss "
-                "depends on it. An operation behind it returned none (a custom autograd.Function?)."
-            )
+        for node in left:
+            if executes(node.next_functions):
+                raise RecordingError(
+                    f"Hessian diagonals: no gradient arrived at the output of {node.name()}, although "
+                    "the loss depends on it. An operation behind it returned none (a custom "
+                    "autograd.Function?)."
+                )
+            # the pass was asked for some gradients and ended here
+            self.incomplete.update(walk(node).parameters)
+        for key in self.incomplete:
+            self.results.pop(key, None)
 
     # ------------------------------------------------------------------ the graph
 

@@ -82,15 +82,15 @@ def _curvature(step: Step, signs: Signs, refuse: bool) -> Diagonals:
     """Return the second term for each input, in its shape; None where it is zero."""
     node = step.node
     out: list[Tensor | None] = []
-    with torch.enable_grad(), silent(), SuspendBackpack():
+    edges = [None if child is None else GradientEdge(child, k) for child, k in node.next_functions]
+    with torch.enable_grad(), silent(), SuspendBackpack(filter(None, edges)):
         # what does not depend on g either was computed in a way that autograd did not see
         g = [None if g is None else g.detach().requires_grad_() for g in step.g]
         moved = call(node, g)
-        for k, (v, need) in enumerate(zip(moved, step.need, strict=True)):
+        for k, (edge, v, need) in enumerate(zip(edges, moved, step.need, strict=True)):
             out.append(None)
             if v is None or not need:
                 continue
-            edge = GradientEdge(*node.next_functions[k])
             try:
                 if v.grad_fn is None or v.grad_fn.name() == "torch::autograd::Error":
                     if all(v is not t for t in g) and v.any():

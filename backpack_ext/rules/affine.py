@@ -142,11 +142,12 @@ class _SpatialRule(Rule):
         means = patch_means(x, self._geometry(site))
         return self._pixels(site, means.unsqueeze(1), site.module.groups)
 
-    def moment_size(self, site: Site) -> int | None:
-        """Return the size of a patch, unless a subclass has inputs of its own."""
+    def moment_shape(self, site: Site) -> tuple[int, int] | None:
+        """Return the number of patches and their size, unless a subclass has inputs of its own."""
         if not self._has_patches():
             return None
-        return site.module.in_channels // site.module.groups * prod(site.module.kernel_size)
+        size = site.module.in_channels // site.module.groups * prod(site.module.kernel_size)
+        return site.out_shape.numel() // max(1, site.module.out_channels), size
 
     def input_moment(
         self, site: Site, dtype: torch.dtype, with_sum: bool = False, formed: bool = False

@@ -140,8 +140,11 @@ class Rule(ABC):
         """
         return None
 
-    def moment_size(self, site: Site) -> int | None:
-        """Return the number of input features i where `input_moment` is known; None by default."""
+    def moment_shape(self, site: Site) -> tuple[int, int] | None:
+        """Return the numbers of rows and of features i that `input_moment` sums; None by default.
+
+        For rules with that method. A call whose output all data share may have more rows.
+        """
         return None
 
     def input_moment(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from backpack_ext.conv_factors.geometry import Dimension, padding_widths
 from backpack_ext.tensor_network.expression import Expression
 from backpack_ext.tensor_network.pattern import Pattern
+from curvature.decomposition import widen
 
 # Names of indices, and the operand that has them.
 Part = tuple[tuple[str, ...], Tensor | Pattern]
@@ -312,7 +313,7 @@ class Convolution:
             x: Input ``[N, C, *I]``.
 
         Returns:
-            Expression of ``[c K, c K]``, with several groups ``[groups, c K, c K]``.
+            Expression of ``[c K, c K]``, with several groups ``[groups, c K, c K]``, at least float32.
 
         Raises:
             ValueError: If shapes do not fit, or there are no data in floating point.
@@ -332,7 +333,7 @@ class Convolution:
             x: Input ``[N, C, *I]``.
 
         Returns:
-            Expression of ``[c K, c K]``, with several groups ``[groups, c K, c K]``.
+            Expression of ``[c K, c K]``, with several groups ``[groups, c K, c K]``, at least float32.
 
         Raises:
             ValueError: If shapes do not fit, or there are no data in floating point.
@@ -356,13 +357,13 @@ class Convolution:
             vectors: Vectors at the output, ``[V, N, D, *O]``.
 
         Returns:
-            Expression of the weight's shape.
+            Expression of the weight's shape, in float32 or above.
 
         Raises:
             ValueError: If shapes do not fit.
         """
-        s = self._vector(vectors, x.shape[2:], len(x), axes=("v", "n"))
-        parts = [*self._unfolded(x), (("v", "n", "g", "d", *self._each("o")), s)]
+        s = self._vector(widen(vectors), x.shape[2:], len(x), axes=("v", "n"))
+        parts = [*self._unfolded(widen(x)), (("v", "n", "g", "d", *self._each("o")), s)]
         shape = self._weight_shape(x.shape[1], vectors.shape[2])
         return self._network(_twice(parts, ("v", "n", *self._w)), self._w, shape)
 
@@ -428,12 +429,12 @@ class Convolution:
 
     def _factor(self, x: Tensor, shared: tuple[str, ...], power: int) -> Expression:
         """Return the mean over data of products of two unfolded inputs, over ``pixels ** power``."""
-        parts = self._unfolded(x)
         if not len(x) or not (x.is_floating_point() or x.is_complex()):
             raise ValueError(
                 f"The input has shape {tuple(x.shape)} and {x.dtype}; a mean over data needs data, in "
                 "floating point."
             )
+        parts = self._unfolded(widen(x))  # the sum comes before the mean, and is larger
         once, row = ("n", "g", *shared), ("c", *self._each("k"))
         size = x.shape[1] // self.groups * prod(self.kernel_size)
         shape = (size, size) if self.groups == 1 else (self.groups, size, size)

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from backpack_ext.conv_factors.geometry import Dimension
+from backpack_ext.conv_factors.unfold import window
 from backpack_ext.tensor_network.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -206,13 +206,7 @@ def _with(legs: tuple[str, ...], name: str, *names: str) -> tuple[str, ...]:
 def _cut(t: Tensor, axis: int, link: _Link) -> Tensor:
     """Cut an axis into kernels: the coarse index takes its place, that of the kernel is the last."""
     length = link.stride * (link.coarse - 1) + link.span
-    after = length - link.before - link.fine
-    if after < 0:  # what no kernel reaches, possibly everything
-        t = t.narrow(axis, 0, max(0, link.fine + after))
-    # all of the kernels may be in the zeros before the input
-    before, after = min(link.before, length), max(after, 0)
-    if link.before > 0 or after > 0:
-        t = F.pad(t, (0, 0) * (t.dim() - 1 - axis) + (before, after))
+    t = window(t, axis, [(-link.before, length - link.before)])
     return t.unfold(axis, link.span, link.stride)[..., :: link.dilation]
 
 
