@@ -5,7 +5,7 @@ to be
 
 .. math::  \frac{\text{multiply-adds}}{\text{rate} \; m / (m + h)}
            + \text{copy} \; \text{entries laid out or copied} + \text{write} \; \text{entries of } A
-           + \text{call} \; (\text{products} + 2 \; \text{pairs})
+           + \text{call} \; \text{small operations}
 
 with multiply-adds of all products, of which symmetric ones of more than `NARROW` columns count 0.6;
 at level 0, where A is a product itself, half of the writing.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from operator import add, sub
 
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.overlaps import overlaps, plan
@@ -25,6 +26,10 @@ from backpack_ext.conv_factors.overlaps import overlaps, plan
 NARROW = 256
 # Share of a whole product's time that half of it takes.
 HALF = 0.6
+# Columns that are this small a part of the input are copied once for all cells.
+FEW = 8
+# From this many entries of A on, it is put together pair by pair; before, by about so many operations.
+LARGE, JOINING = 2**21, 10
 # Levels with more products than this are not thought of.
 PRODUCTS = 1500
 
@@ -50,7 +55,7 @@ class Machine:
 
 # One core, float32, measured; with more cores everything but calls is faster by about the same factor.
 # The figures of GPUs are taken from data sheets, not measured.
-CPU = Machine(rate=50e9, half=45, copy=1.2e-9, write=3.5e-9, call=8e-6)
+CPU = Machine(rate=46e9, half=40, copy=1.2e-9, write=2.5e-9, call=16e-6)
 GPU = Machine(rate=10e12, half=128, copy=2e-11, write=1e-11, call=8e-6)
 
 
@@ -91,20 +96,25 @@ def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str =
     unfolded = g * n * prod(d.out for d in geometry.dimensions[level:])
     inner = prod(overlaps(d).entries + overlaps(d).reach for d in kept[1:])
     whole = overlaps(kept[0]).entries * inner
-    work, copied, masks = 0.0, 0, set()
+    work, copied, masks, cuts = 0.0, 0, set(), set()
     for cell in scheme.cells:
         sides = [hi - lo for lo, hi in zip(cell.lo, cell.hi, strict=True)]
         box = sides[0] * inner if cell.in_place else prod(sides)
         work += box * (half if cell.symmetric else 1.0)
-        if not cell.in_place:
+        if cell.in_place:
+            if not all(cell.open[1:]):
+                masks.add((cell.left, cell.lo[1:], cell.hi[1:]))
+        elif prod(sides[1:]) * FEW <= inner:  # columns that cells share
+            moved = (tuple(map(add, end[1:], cell.shift[1:])) for end in (cell.lo, cell.hi))
+            cuts |= {(cell.left, cell.lo[1:], cell.hi[1:]), (cell.right, *moved)}
+        else:
             copied += box if cell.symmetric else 2 * box
-        elif not all(cell.open[1:]):
-            masks.add((cell.left, cell.lo[1:], cell.hi[1:]))
+    copied += sum(whole // inner * prod(map(sub, his, los)) for _, los, his in cuts)
     phases = prod(overlaps(d).step for d in kept)
     products = unfolded * work * m * m / rate
     copies = machine.copy * unfolded * m * (copied + whole * (len(masks) + phases))
-    calls = machine.call * (len(scheme.cells) + 2 * len(scheme.pairs))
-    return products + copies + machine.write * g * size * size + calls
+    calls = len(scheme.cells) + (JOINING if g * size * size < LARGE else 2 * len(scheme.pairs))
+    return products + copies + machine.write * g * size * size + machine.call * calls
 
 
 def product_is_faster(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> bool:

@@ -30,7 +30,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backpack_ext.conv_factors.choice import NARROW, best_level, columns, rows_of
+from backpack_ext.conv_factors.choice import FEW, LARGE, NARROW, best_level, columns, rows_of
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.layout import layout
 from backpack_ext.conv_factors.overlaps import Cell, Plan, plan
@@ -38,10 +38,6 @@ from curvature.panels import symmetric_product
 
 # Entries that are laid out at once.
 WORKSPACE = 2**22
-# From this many entries of A on, it is put together pair by pair.
-LARGE = 2**21
-# Columns that are this small a part of the input are copied once for all cells.
-FEW = 8
 
 
 def moment(
