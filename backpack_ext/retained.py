@@ -8,7 +8,7 @@ tensors are noted as they get them: ``torch.Tensor.retain_grad`` is wrapped, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import wraps
 
 import torch
@@ -29,6 +29,9 @@ def _noting(self: Tensor) -> None:
 @wraps(_backward)
 def _noting_inputs(*args, **kwargs) -> None:
     inputs = kwargs.get("inputs", args[5] if len(args) > 5 else None)
+    if isinstance(inputs, Iterator):  # `model.parameters()` can be read once
+        inputs = tuple(inputs)
+        args, kwargs = args[:5], {**kwargs, "inputs": inputs}
     inputs = inputs.values() if isinstance(inputs, Mapping) else inputs
     for t in (inputs,) if isinstance(inputs, Tensor) else inputs or ():
         if isinstance(t, Tensor) and not t.is_leaf:

@@ -83,7 +83,9 @@ def test_leaves_and_passes_of_the_users_own():
         torch.ones(2).retain_grad()
 
 
-@pytest.mark.parametrize("given", [lambda h: h, lambda h: [h]], ids=["tensor", "list"])
+@pytest.mark.parametrize(
+    "given", [lambda h: h, lambda h: [h], lambda h: iter([h])], ids=["tensor", "list", "iterator"]
+)
 def test_inputs_of_backward(double, given):
     """They retain their gradients without being asked to by name."""
     torch.manual_seed(0)
