@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from curvature.decomposition import widen
 from curvature.panels import symmetric_product
 
 # Entries of a per-sample intermediate that is formed at once; larger ones are cut along n.
@@ -223,15 +224,16 @@ def square_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
         b2, a2 = b.squeeze(3).square(), a.squeeze(2).square()
         b2 = b2[:, 0] if b2.shape[1] == 1 else b2.sum(1)  # torch's sum of one term is a copy
         return (b2[0].mT @ a2[0])[None] if a.shape[0] == 1 else b2.mT @ a2
-    total = b.new_zeros(
-        a.shape[0], b.shape[-1], a.shape[-1], dtype=torch.promote_types(a.dtype, b.dtype)
-    )
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = widen(a), widen(b)  # sums in half types stop growing after a few hundred data
+    wide = torch.promote_types(a.dtype, b.dtype)
+    total = b.new_zeros(a.shape[0], b.shape[-1], a.shape[-1], dtype=wide)
     if b.device.type == "cpu" and b.shape[-1] * a.shape[-1] >= SINGLE:
         _add_squares(total, a, b)
-        return total
+        return total.to(dtype)
     for _, outputs, G in _pieces(a, b):
         total[:, outputs] += G.square_().sum((0, 1))
-    return total
+    return total.to(dtype)
 
 
 def _add_squares(total: Tensor, a: Tensor, b: Tensor) -> None:
