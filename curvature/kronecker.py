@@ -19,7 +19,7 @@ from curvature.decomposition import (
 )
 from curvature.eigen import KroneckerEigen
 from curvature.matrix_block import MatrixBlock, layout_of, same_layout
-from curvature.root import Root, added, current, dense, mixed, scaled, shown
+from curvature.root import Root, added, current, dense, inner, mixed, scaled, shown, wide
 
 
 class Kronecker(MatrixBlock):
@@ -229,11 +229,10 @@ class Kronecker(MatrixBlock):
         self._check_same(other, "inner")
         total = 1.0
         for name in ("B", "A"):
-            mine, theirs = dense(self._factor(name)), dense(other._factor(name))
             if self.is_diagonal(name) or other.is_diagonal(name):
-                mine, theirs = self._diagonal(name), other._diagonal(name)
-            product = widen(mine) * widen(theirs)
-            total = total * (product.sum() if self.groups == 1 else product.flatten(1).sum(1))
+                total = total * (widen(self._diagonal(name)) * widen(other._diagonal(name))).sum(-1)
+            else:
+                total = total * inner(self._factor(name), other._factor(name))
         return total.sum()
 
     def _diagonal(self, name: str) -> Tensor:
@@ -343,7 +342,7 @@ class Kronecker(MatrixBlock):
         rows = self._rows()
         if self.groups > 1 and not rows.dim():  # another process's groups may differ in rows
             rows = rows.expand(self.groups, *[1] * (self._A.dim() - 1)).contiguous()
-        A = widen(dense(self._A))
+        A = wide(self._A)
         return [dense(self._B), (A * rows).to(A.dtype), rows]
 
     def from_numerators(self, summed: list[Tensor], scale: float) -> Kronecker:
@@ -469,7 +468,7 @@ class Kronecker(MatrixBlock):
         owner, factor = f"Kronecker.inverse: factor {name}", self._factor(name)
         if isinstance(factor, Root) and factor.shift is None and bool((shift > 0).all()):
             return factor.inverse(shift[..., 0] if self.groups > 1 else shift)
-        factor = widen(dense(factor))
+        factor = wide(factor)
         if self.is_diagonal(name) or method == "factored":
             values, basis = self._spectrum(name, vectors=True)
             values = values + shift
@@ -495,7 +494,8 @@ class Kronecker(MatrixBlock):
             few = factor.shift is None and factor.rows.shape[-2] <= factor.shape[-1]
             if few and not vectors:
                 return factor.eigenvalues(label), None
-        return eigh(label, dense(factor), vectors)
+            factor = factor.wide()
+        return eigh(label, factor, vectors)
 
     def _outer(self, b: Tensor, a: Tensor) -> Tensor:
         """Return the products of eigenvalues as ``[g, o, i]``."""

@@ -35,7 +35,7 @@ class Root:
         tensor([0.8333, 0.3333, 1.0000])
     """
 
-    __slots__ = ("_dense", "is_shown", "rows", "shift")
+    __slots__ = ("_shown", "rows", "shift")
 
     def __init__(self, rows: Tensor, shift: Tensor | None = None):
         if rows.dim() not in (2, 3) or (shift is not None and shift.shape != rows.shape[:-2]):
@@ -44,8 +44,7 @@ class Root:
                 f"one number per group, got {None if shift is None else tuple(shift.shape)}."
             )
         self.rows, self.shift = rows, shift
-        self._dense: Tensor | None = None
-        self.is_shown = False  # whether a user has the matrix: then what is done to that counts
+        self._shown: Tensor | None = None  # the matrix that a user has: what is done to it counts
 
     def __repr__(self) -> str:
         return f"Root(rows={tuple(self.rows.shape)}{'' if self.shift is None else ', shifted'})"
@@ -88,17 +87,34 @@ class Root:
             return self
         return Root(**{name: t.to(dtype) for name, t in self.tensors.items()})
 
-    @without_autocast
+    @property
+    def is_shown(self) -> bool:
+        """Whether a user has the matrix, by `show`; it then takes the place of the rows."""
+        return self._shown is not None
+
+    def show(self) -> Tensor:
+        """Return the matrix for a user, who may change it: the same at each call."""
+        if self._shown is None:
+            self._shown = self.dense()
+        return self._shown
+
     def dense(self) -> Tensor:
-        """Return the matrix in float32 or above, formed at the first call and kept."""
-        if self._dense is None:
-            rows = widen(self.rows)
-            A = rows.mT @ rows
-            A = (A + A.mT) / 2  # products of panels need not round alike on both sides
-            if self.shift is not None:
-                A = torch.diag_embed(self.shift.to(A.dtype)[..., None].expand(A.shape[:-1])) - A
-            self._dense = A
-        return self._dense
+        """Return the matrix in the rows' data type, formed unless a user has it."""
+        if self._shown is not None:
+            return self._shown
+        return self.wide().to(self.dtype)  # so that blocks of several batches or processes have one type
+
+    @without_autocast
+    def wide(self) -> Tensor:
+        """Return the matrix in float32 or above, for what needs its digits."""
+        if self._shown is not None:
+            return widen(self._shown)
+        rows = widen(self.rows)
+        A = rows.mT @ rows
+        A = (A + A.mT) / 2  # products of panels need not round alike on both sides
+        if self.shift is not None:
+            A = torch.diag_embed(self.shift.to(A.dtype)[..., None].expand(A.shape[:-1])) - A
+        return A
 
     def right(self, V: Tensor) -> Tensor:
         """Return ``V A`` of matrices ``V[..., o, i]``, with groups ``V[..., g, o, i]``."""
@@ -117,7 +133,8 @@ class Root:
     @without_autocast
     def norm(self) -> Tensor:
         """Return the Frobenius norm, ``[]`` or ``[g]``, in float64: that of ``R R^T``."""
-        M = self.rows @ self.rows.mT if self.shift is None else self.dense()
+        rows = widen(self.rows)
+        M = rows @ rows.mT if self.shift is None else self.wide()
         return torch.linalg.vector_norm(M, dim=(-2, -1), dtype=torch.float64)
 
     @without_autocast
@@ -206,11 +223,14 @@ def dense(A: Tensor | Root) -> Tensor:
     return A.dense() if isinstance(A, Root) else A
 
 
+def wide(A: Tensor | Root) -> Tensor:
+    """Return a factor as a tensor, in float32 or above."""
+    return A.wide() if isinstance(A, Root) else widen(A)
+
+
 def shown(A: Tensor | Root) -> Tensor:
     """Return a factor as a tensor, for a user, who may change it."""
-    if isinstance(A, Root):
-        A.is_shown = True
-    return dense(A)
+    return A.show() if isinstance(A, Root) else A
 
 
 def current(A: Tensor | Root) -> Tensor | Root:
@@ -221,6 +241,22 @@ def current(A: Tensor | Root) -> Tensor | Root:
 def scaled(A: Tensor | Root, scale: float | Tensor) -> Tensor | Root:
     """Return a multiple."""
     return A.scaled(scale) if isinstance(A, Root) else A * scale
+
+
+@without_autocast
+def inner(A: Tensor | Root, other: Tensor | Root) -> Tensor:
+    """Return ``tr(A^T A')``, ``[]`` or ``[g]``; of a root ``tr(R A' R^T)``, which forms no matrix."""
+    if not _plain(A):
+        A, other = other, A
+    dtype = torch.promote_types(torch.promote_types(A.dtype, other.dtype), torch.float32)
+    other = other.to(dtype)
+    if not _plain(A):
+        return (wide(A).to(dtype) * wide(other)).sum((-2, -1))
+    R = A.rows.to(dtype)
+    if _plain(other):
+        return (R @ other.rows.mT).square().sum((-2, -1))
+    product = other.right(R) if isinstance(other, Root) else R @ other
+    return (product * R).sum((-2, -1))
 
 
 def added(A: Tensor | Root, other: Tensor | Root) -> Tensor | Root:

@@ -64,7 +64,7 @@ def test_algebra(groups: int, joint: bool, make: Callable):
         (K.trace(), L.trace()),
         (K.norm(), L.norm()),
         (K.pi(), L.pi()),
-        (K.inner(L), L.inner(L)),
+        *((one.inner(two), L.inner(L)) for one, two in ((K, L), (L, K), (K, K))),
         (K.logdet(DELTA), L.logdet(DELTA)),
         (K.power(0.5, DELTA).to_dense(), L.power(0.5, DELTA).to_dense()),
         ((K * -2.0).to_dense(), (L * -2.0).to_dense()),
@@ -91,6 +91,8 @@ def test_damped_inverse(groups: int, method: str, r: int):
     close(inverse.matvec(v), expected.matvec(v))
     close(inverse.diagonal(), expected.diagonal())
     close(inverse.norm(), expected.norm())
+    for one, two in ((inverse, inverse), (inverse, K), (K, inverse), (L, inverse)):
+        close(one.inner(two), expected.inner(expected if one is two else L))
     close(inverse.eigenvalues(), expected.eigenvalues())
     # and back
     close(inverse.inverse().to_dense(), expected.inverse().to_dense())
@@ -317,3 +319,30 @@ def test_autocast_does_not_round():
 def test_unknown_way_to_keep_a_factor():
     with pytest.raises(ValueError, match="keep='rows'; expected one of"):
         KFAC(keep="rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_data_type_of_factors(dtype: torch.dtype):
+    """That which was asked for, whether they are kept as rows or not: batches are added."""
+    model, loss_fn = network()
+    with backpack(*(KFAC("reduce", "mc", dtype=dtype, keep=k, savefield=k) for k in ("root", "factor"))):
+        loss_fn(model(normal(4, 2, 5, 5)), torch.randint(3, (4,))).backward()
+    for p in model.parameters():
+        assert {t.dtype for K in (p.root, p.factor, p.root + p.root) for t in K} == {dtype}
+        p.root.A.mul_(0)
+        assert p.root.A.norm() == p.root.trace() == 0  # what is done to a factor counts
+
+
+def test_rows_count_until_a_factor_has_been_shown():
+    """Nothing that was formed on the way is used in their place."""
+    K, L = pair(1)
+    K.inner(L), K.norm(), K.power(0.5, DELTA), K.numerators()
+    K.roots["A"].rows.mul_(2)
+    close(K.power(1.0, DELTA).to_dense(), (4 * L).power(1.0, DELTA).to_dense())
+    close(K.A, 4 * L.A)
+
+
+def test_norm_in_half_precision():
+    rows = torch.tensor([[3.0, 4.0], [60.0, -45.0]], dtype=torch.float16)
+    expected = (rows.double().T @ rows.double()).norm()
+    assert abs(float(Root(64 * rows).norm()) / (64**2 * float(expected)) - 1) < 1e-6
