@@ -176,10 +176,13 @@ def gram_by_datum(b: Tensor, scale: float = 1.0) -> Tensor:
 def by_datum_pays(b: Tensor) -> bool:
     """Whether `gram_by_datum` is faster than one product of rows.
 
-    A convolution's vectors have pixels last in memory, and one product needs a copy. Below as many
-    pixels as channels the results of all products are larger than that.
+    A convolution's vectors have pixels last in memory, and one product needs a copy. That costs more
+    than small products do where pixels are many against channels; beyond 128 channels the one product
+    takes half of the multiplications (`symmetric_product`).
     """
-    return b.device.type == "cpu" and b.stride(3) == 1 and b.shape[3] >= b.shape[4] > 1
+    pixels, channels = b.shape[3:]
+    enough = pixels >= max(64, 2 * channels) and 1 < channels <= 128
+    return enough and b.stride(3) == 1 and b.device.type == "cpu"
 
 
 def per_sample(a: Tensor | OneHot, b: Tensor) -> Tensor:

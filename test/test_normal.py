@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from backpack_ext import normal
+from backpack_ext import KFAC, backpack, extend, normal
 from backpack_ext.normal import gram
 
 
@@ -27,3 +28,29 @@ def test_sums_of_squares_in_half_precision(monkeypatch, single):
     found = normal.square_sum(a, b)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), torch.full((1, 4, 3), 2400.0), rtol=1e-2, atol=0)
+
+
+def test_products_of_each_datum():
+    """Of convolutions whose pixels are many against channels; the same as one product of rows."""
+    torch.manual_seed(0)
+    b = torch.randn(2, 3, 4, 5, 70, dtype=torch.float64).mT
+    assert normal.by_datum_pays(b)
+    assert not normal.by_datum_pays(b.contiguous()) and not normal.by_datum_pays(b[:, :, :, :9])
+    expected = 0.3 * torch.einsum("gvnso,gvnsp->gop", b, b)
+    torch.testing.assert_close(normal.gram_by_datum(b, 0.3), expected)
+
+
+def test_kfac_takes_them(monkeypatch):
+    asked = []
+    pays = normal.by_datum_pays
+    monkeypatch.setattr("backpack_ext.kfac.by_datum_pays", lambda b: asked.append(pays(b)) or asked[-1])
+    torch.manual_seed(0)
+    conv, loss_fn = nn.Conv2d(2, 4, 3, padding=1).double(), nn.MSELoss(reduction="sum")
+    x, y = torch.randn(3, 2, 8, 9).double(), torch.randn(3, 4, 8, 9).double()
+    vectors = 2 * (conv(x) - y).detach().flatten(2)
+    expected = torch.einsum("nos,nps->op", vectors, vectors)
+    extend(conv), extend(loss_fn)
+    with backpack(KFAC(fisher="empirical")):
+        loss_fn(conv(x), y).backward()
+    assert asked == [True]
+    torch.testing.assert_close(conv.weight.kfac.B, expected)
