@@ -321,10 +321,12 @@ def _decompose(
     weight, bias = blocks.get("weight"), blocks.get("bias")
     if weight is None:
         return {"bias": bias.eigh()}
+    own = bias is not None and bias is not weight
+    shared = own and bias.B is weight.B  # forms B, if it is kept as rows, which `eigh` then takes
     bases = {"weight": weight.eigh()}
-    if bias is not None and bias is not weight and bias.B is not weight.B:
+    if own and not shared:
         bases["bias"] = bias.eigh()
-    elif bias is not None and bias is not weight:
+    elif shared:
         # B is the weight's, which is decomposed already
         Q_B, shape = bases["weight"].Q_B, (*bases["weight"].sizes[:2], 1)
         values = bases["weight"].values.new_ones(shape)
