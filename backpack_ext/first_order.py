@@ -71,7 +71,9 @@ class PerSample(Extension):
                     continue
                 parts = unit.input_parts() if self.in_parts else [(slice(None), unit.a)]
                 values = (self.of_weight(a, unit.b[:, :, data]) for data, a in parts)
-                entry.add(reduce(self.join, (self._placed(value, unit, role) for value in values)))
+                sums = type(self).join is PerSample.join  # of parts, in the memory of the first one
+                join = Tensor.add_ if sums else self.join
+                entry.add(reduce(join, (self._placed(value, unit, role) for value in values)))
 
     def takes_grads(self, a: Tensor, b: Tensor) -> bool:
         """Whether per-sample vectors that others have formed are of use."""
