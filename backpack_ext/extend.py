@@ -332,9 +332,8 @@ class SiteHook(Hook):
             sharing.current.record(site)
         error = error or self.checks.get("error")
         site.error = error or (None if rule is None else rule.misfit(module, x, output))
-        if (
-            not output.numel()
-        ):  # without positions there are no means over them; autograd's products are zero
+        if not output.numel():
+            # without positions there are no means over them; autograd's products are zero
             site.error = f"its output of shape {tuple(output.shape)} is empty"
         site.output_nr = anchor.output_nr
         tag(anchor.grad_fn, site)

@@ -63,61 +63,39 @@ def _several(device: str) -> list:
     ]
 
 
+def _kfac(approx: str, fisher: str, backpacks: Callable[[], list] | None = None) -> tuple[Row, Row]:
+    """Return the rows of KFAC as it comes, and with all factors formed, as others form them.
+
+    BackPACK's KFAC of a convolution is neither flavour (its B is that of reduce, its A that of expand
+    times S); it stands beside expand.
+    """
+
+    def products(shapes: Shapes, roots: bool) -> list[Product]:
+        sweep = shapes.sweep(1) if fisher == "mc" else []
+        return sweep + shapes.each("factors", approx, 1, roots)
+
+    return (
+        Row(
+            f"KFAC {approx} {fisher}",
+            lambda device: [KFAC(approx, fisher)],
+            None,
+            lambda s: products(s, True),
+        ),
+        Row(
+            f"KFAC {approx} {fisher}, formed",
+            lambda device: [KFAC(approx, fisher, keep="factor")],
+            backpacks,
+            lambda s: products(s, False),
+            curvlinops=(approx, fisher),
+        ),
+    )
+
+
 ROWS: tuple[Row, ...] = (
-    # BackPACK's KFAC of a convolution is neither flavour (its B is that of reduce, its A that of
-    # expand times S); it stands beside expand. Others form all factors, as ours do in "formed".
-    Row(
-        "KFAC expand mc",
-        lambda device: [KFAC("expand", "mc")],
-        None,
-        lambda s: s.sweep(1) + s.each("factors", "expand", 1, True),
-    ),
-    Row(
-        "KFAC expand mc, formed",
-        lambda device: [KFAC("expand", "mc", keep="factor")],
-        lambda: [theirs.KFAC(mc_samples=1)],
-        lambda s: s.sweep(1) + s.each("factors", "expand", 1),
-        curvlinops=("expand", "mc"),
-    ),
-    Row(
-        "KFAC expand empirical",
-        lambda device: [KFAC("expand", "empirical")],
-        None,
-        lambda s: s.each("factors", "expand", 1, True),
-    ),
-    Row(
-        "KFAC expand empirical, formed",
-        lambda device: [KFAC("expand", "empirical", keep="factor")],
-        None,
-        lambda s: s.each("factors", "expand", 1),
-        curvlinops=("expand", "empirical"),
-    ),
-    Row(
-        "KFAC reduce mc",
-        lambda device: [KFAC("reduce", "mc")],
-        None,
-        lambda s: s.sweep(1) + s.each("factors", "reduce", 1, True),
-    ),
-    Row(
-        "KFAC reduce mc, formed",
-        lambda device: [KFAC("reduce", "mc", keep="factor")],
-        None,
-        lambda s: s.sweep(1) + s.each("factors", "reduce", 1),
-        curvlinops=("reduce", "mc"),
-    ),
-    Row(
-        "KFAC reduce empirical",
-        lambda device: [KFAC("reduce", "empirical")],
-        None,
-        lambda s: s.each("factors", "reduce", 1, True),
-    ),
-    Row(
-        "KFAC reduce empirical, formed",
-        lambda device: [KFAC("reduce", "empirical", keep="factor")],
-        None,
-        lambda s: s.each("factors", "reduce", 1),
-        curvlinops=("reduce", "empirical"),
-    ),
+    *_kfac("expand", "mc", lambda: [theirs.KFAC(mc_samples=1)]),
+    *_kfac("expand", "empirical"),
+    *_kfac("reduce", "mc"),
+    *_kfac("reduce", "empirical"),
     Row(
         "KFAC expand exact",
         lambda device: [KFAC("expand", "exact")],

@@ -193,7 +193,7 @@ def _assembled(cells: list[Tensor], geometry: Geometry, level: int, scheme: Plan
     if g * m * m * K * K < LARGE:
         found = (scheme.members.to(cells[0]) @ torch.stack(cells).flatten(1)).view(-1, g, m, m)
         found = torch.cat([found, found.mT, found.new_zeros(1, g, m, m)])
-        found = found.index_select(0, scheme.places(K).to(found.device))
+        found = found.index_select(0, scheme.places.to(found.device))
         found = found.view(K, K, g, c, k, c, k).permute(2, 3, 0, 4, 5, 1, 6)
         return found.reshape(g, m * K, m * K).contiguous()
     full = 2 * len(scheme.pairs) == K * (K + 1)

@@ -139,23 +139,14 @@ class Plan:
         cells: The different cells.
         pairs: The pairs (k, k') that meet anything.
         members: Per pair, which cells it adds up, ``[p, cells]`` of ones and zeros.
+        places: For all pairs, row-major, where their sum is in a list of the p sums of ``pairs``, then
+            these transposed, then zero.
     """
 
     cells: tuple[Cell, ...]
     pairs: tuple[tuple[int, int], ...]
     members: Tensor
-
-    def places(self, K: int) -> Tensor:
-        """Return for all K^2 pairs, row-major, where their sum is.
-
-        In a list of the P sums of `pairs`, then these transposed, then zero.
-        """
-        P = len(self.pairs)
-        places = torch.full((K, K), 2 * P)
-        for n, (one, other) in enumerate(self.pairs):
-            places[other, one] = P + n
-            places[one, other] = n
-        return places.flatten()
+    places: Tensor
 
 
 def _pairs(dimensions: tuple[Dimension, ...]) -> Iterator[tuple[tuple, tuple]]:
@@ -191,4 +182,9 @@ def plan(dimensions: tuple[Dimension, ...]) -> Plan:
     table = torch.zeros(len(pairs), len(cells))
     for row, mine in zip(table, members, strict=True):
         row[mine] = 1
-    return Plan(tuple(cells), tuple(pairs), table)
+    K, P = strides[0] * dimensions[0].kernel, len(pairs)
+    places = [2 * P] * K**2
+    for n, (k, other) in enumerate(pairs):
+        places[other * K + k] = P + n
+        places[k * K + other] = n
+    return Plan(tuple(cells), tuple(pairs), table, torch.tensor(places))
