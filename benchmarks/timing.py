@@ -13,9 +13,8 @@ from typing import Any
 # A plain step appears this often in a round; all ratios of the round refer to the median of them,
 # so that one disturbed plain step does not shift them all.
 PLAIN_PER_ROUND = 3
-# Shorter steps are preceded by one that is not timed: after another variant's step the caches and
-# the branch predictor are cold, which is not what a training loop sees.
-SHORT = 0.02
+# Steps up to this time are run twice before the first round.
+SHORT = 0.2
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Variant:
     def warm_up(self, sync: Callable[[], None]) -> None:
         """Run a step, so that lazy initialisation is over; a second one where that is cheap."""
         self.seconds = self.time(sync)
-        if self.seconds < 10 * SHORT:
+        if self.seconds < SHORT:
             self.seconds = self.time(sync)
         self.clear()
 
@@ -94,8 +93,12 @@ def interleave(
 
 
 def _visit(variant: Variant, sync: Callable[[], None]) -> float:
-    if variant.seconds < SHORT:
-        variant.time(sync)
+    """Time a step after one that is not timed.
+
+    After another variant's step the caches and the branch predictor are cold, and memory is laid out for
+    that one, which is not what a training loop sees.
+    """
+    variant.time(sync)
     seconds = variant.time(sync)
     variant.clear()
     return seconds

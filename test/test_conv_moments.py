@@ -12,6 +12,7 @@ from backpack_ext.conv_factors import choice, moments
 from backpack_ext.conv_factors.geometry import Dimension, Geometry
 from backpack_ext.conv_factors.moments import moment
 from backpack_ext.conv_factors.overlaps import Overlaps, overlaps, step_of, window
+from backpack_ext.conv_factors.spectra import spectral
 from backpack_ext.rules import RULES
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,6 +62,12 @@ def geometry_of(conv: nn.Module, x: Tensor) -> Geometry:
     return Geometry.of(conv, x.shape, conv(x[:1]).shape)
 
 
+def levels_of(geometry: Geometry) -> list[int]:
+    dims = geometry.dimensions
+    spectra = geometry.groups == 1 and spectral(dims) is not None
+    return list(range(len(dims) + 1 + spectra))
+
+
 # -- every method ----------------------------------------------------------------------------------
 
 
@@ -73,12 +80,61 @@ def test_every_level_of_random_convolutions(seed: int):
         conv, x = drawn(rng)
         geometry, u = geometry_of(conv, x), patches(conv, x)
         expected = u @ u.mT
-        for level in range(len(geometry.dimensions) + 1):
+        for level in levels_of(geometry):
             for workspace in (moments.WORKSPACE, 1):
                 found = moment(x, geometry, level, workspace=workspace)
                 assert found.shape == expected.shape and found.is_contiguous(), (conv, level)
                 assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10), (conv, x.shape, level)
         assert torch.allclose(moment(x, geometry), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_spectra_of_random_convolutions(seed: int):
+    """Of stride 1, where they exist: all borders, dilations, kernels that are wider than the image."""
+    rng, count = random.Random(seed), 0
+    torch.manual_seed(seed)
+    while count < 40:
+        size, kernel, dilation = ([rng.randint(1, m) for _ in range(2)] for m in (9, 5, 2))
+        most = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [rng.randint(0, m) for m in most]
+        options = {"dilation": dilation, "padding": padding, "bias": False}
+        cls = rng.choice([nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d])
+        if cls is nn.Conv2d:
+            options["padding_mode"] = rng.choice(MODES)
+        conv, x = (
+            cls(3, 1, kernel, **options).double(),
+            torch.randn(rng.randint(1, 4), 3, *size).double(),
+        )
+        try:
+            geometry = geometry_of(conv, x)
+        except RuntimeError:  # an output without pixels, or more to reflect than there is
+            continue
+        if len(levels_of(geometry)) < 4:
+            continue
+        count += 1
+        u = patches(conv, x)
+        for workspace in (moments.WORKSPACE, 1):
+            found = moment(x, geometry, 3, workspace=workspace)
+            assert torch.allclose(found, u @ u.mT, rtol=1e-10, atol=1e-10), (conv, x.shape)
+
+
+def test_frequencies_in_several_parts(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 1, 3, padding=1, bias=False).double(), torch.randn(4, 3, 8, 7).double()
+    geometry, u = geometry_of(conv, x), patches(conv, x)
+    for at_once in (1, 300, 10**6):
+        monkeypatch.setattr("backpack_ext.conv_factors.spectra.AT_ONCE", at_once)
+        assert torch.allclose(moment(x, geometry, 3), u @ u.mT, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"groups": 2}, {"stride": (1, 2), "padding": 1}])
+def test_no_spectra(options: dict):
+    conv, x = nn.Conv2d(4, 2, 3, **options), torch.randn(2, 4, 8, 8)
+    geometry = geometry_of(conv, x)
+    assert levels_of(geometry) == [0, 1, 2]
+    assert choice.seconds(2, 4, geometry, 3) == float("inf")
+    with pytest.raises(ValueError, match="spectra are for convolutions of two dimensions, stride 1"):
+        moment(x, geometry, 3)
 
 
 def test_windows_are_the_pairs_of_the_pattern():
@@ -122,7 +178,7 @@ def test_memory_layouts(kernel: int, layout: str):
     }[layout]()
     conv = nn.Conv2d(x.shape[1], 1, kernel, padding=kernel // 2, bias=False).double()
     u = patches(conv, x)
-    for level in range(3):
+    for level in range(4):
         assert torch.allclose(moment(x, geometry_of(conv, x), level), u @ u.mT, rtol=1e-10, atol=1e-10)
 
 
@@ -134,17 +190,17 @@ def test_batches_of_none():
         assert found.shape == (2, 18, 18) and not found.any()
 
 
-@pytest.mark.parametrize("level", [-1, 3])
+@pytest.mark.parametrize("level", [-1, 4])
 def test_levels_that_there_are_not(level: int):
     conv, x = nn.Conv2d(1, 1, 3), torch.randn(2, 1, 4, 4)
-    with pytest.raises(ValueError, match=rf"level={level}; expected 0 to 2"):
+    with pytest.raises(ValueError, match=rf"level={level}; expected 0 to 2 dimensions, or one more"):
         moment(x, geometry_of(conv, x), level)
 
 
 # -- accuracy --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [4, 20])
 def test_accuracy_in_float32_and_of_half_types(size: int, level: int):
     """Within 4e-6 of sqrt(A_ii A_jj), also when unfolding; half types are summed in float32."""
@@ -162,8 +218,11 @@ def test_accuracy_in_float32_and_of_half_types(size: int, level: int):
         assert error.max() < 4e-6
 
 
-def test_nothing_cancels():
-    """Where the border is large and the inside small: bounds hold for pairs that miss the border."""
+def test_nothing_cancels_but_by_spectra():
+    """Where the border is large and the inside small: bounds hold for pairs that miss the border.
+
+    By spectra, errors are relative to the squares of channels; these are as large as the border.
+    """
     torch.manual_seed(0)
     x = torch.randn(4, 2, 8, 8)
     x[:, :, 0] *= 1e5
@@ -175,6 +234,23 @@ def test_nothing_cancels():
     for level in (0, 1, 2):
         error = (moment(x, geometry, level)[0].double() - exact).abs() / scale / scale[:, None]
         assert error.max() < 4e-6
+    found, channel = moment(x, geometry, 3)[0], x.double().square().sum((0, 2, 3)).sqrt()
+    channel = channel.repeat_interleave(9)
+    assert ((found.double() - exact).abs() / channel / channel[:, None]).max() < 4e-6
+    assert ((found.double() - exact).abs() / scale / scale[:, None]).max() > 4e-6
+
+
+def test_squares_by_spectra_are_not_negative():
+    """A channel that is active at the border only, or never, has zeros where its square is zero."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 10, 10)
+    x[:, :4, 1:, :] = 0
+    x[:, 5] = 0
+    conv = nn.Conv2d(6, 1, 3, padding=1, bias=False)
+    geometry = geometry_of(conv, x)
+    squares = moment(x, geometry, 3)[0].diagonal()
+    exact = moment(x.double(), geometry, 0)[0].diagonal()
+    assert (squares >= 0).all() and ((squares == 0) == (exact == 0)).all()
 
 
 # -- what is chosen --------------------------------------------------------------------------------
@@ -183,8 +259,9 @@ def test_nothing_cancels():
 @pytest.mark.parametrize(
     "n, channels, size, options, expected",
     [
-        (32, 64, 32, {"padding": 1}, {2}),
-        (32, 256, 14, {"padding": 1}, {2}),
+        (32, 64, 32, {"padding": 1}, {3}),
+        (32, 256, 14, {"padding": 1}, {3}),
+        (32, 64, 32, {"padding": 1, "stride": 2}, {0, 1, 2}),
         (64, 3, 32, {"padding": 1}, {1}),
         (32, 64, 32, {"kernel_size": 1, "stride": 2}, {0}),
         (32, 48, 32, {"kernel_size": 4, "stride": 4}, {0}),
@@ -236,12 +313,12 @@ def factor(model: nn.Module, conv: nn.Module, x: Tensor, **options) -> Tensor:
     return conv.weight.kfac.A
 
 
-@pytest.fixture(params=[0, 1, 2])
+@pytest.fixture(params=[0, 1, 2, 3])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """A level that is taken whatever is fastest."""
 
     def given(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> int:
-        return min(request.param, len(geometry.dimensions))
+        return min(request.param, levels_of(geometry)[-1])
 
     monkeypatch.setattr(moments, "best_level", given)
     monkeypatch.setattr(choice, "best_level", given)

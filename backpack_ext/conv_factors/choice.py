@@ -8,18 +8,21 @@ to be
            + \text{call} \; \text{small operations}
 
 with multiply-adds of all products, of which symmetric ones of more than `NARROW` columns count 0.6;
-at level 0, where A is a product itself, half of the writing.
+at level 0, where A is a product itself, half of the writing. Spectra have to be faster by a margin:
+what only adds is more accurate. On GPUs, where they are not measured, they are not thought of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from operator import add, sub
 
-from backpack_ext.conv_factors.geometry import Geometry
-from backpack_ext.conv_factors.overlaps import overlaps, plan
+from backpack_ext.conv_factors.geometry import Dimension, Geometry
+from backpack_ext.conv_factors.overlaps import Cell, overlaps, plan
+from backpack_ext.conv_factors.spectra import Spectral, spectral
 
 # Up to this many columns, products of many rows use one core only unless the rows are divided, and
 # half a product is not faster than a whole one.
@@ -30,6 +33,13 @@ HALF = 0.6
 FEW = 8
 # From this many entries of A on, it is put together pair by pair; before, by about so many operations.
 LARGE, JOINING = 2**21, 10
+# What a multiply-add of transforms, and of sums over frequencies, takes beside one of large products;
+# the former gain little from a second core.
+TRANSFORMING, SUMMING = 1.8, 0.3
+# So many images times channels are transformed at half the rate.
+FEW_ROWS = 512
+# By how much spectra have to be faster.
+MARGIN = 1.25
 # Levels with more products than this are not thought of.
 PRODUCTS = 1500
 
@@ -73,10 +83,12 @@ def rows_of(geometry: Geometry, level: int) -> int:
 @lru_cache(maxsize=4096)
 def best_level(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> int:
     """Return the level that takes the shortest time on n images of so many channels."""
-    levels = range(len(geometry.dimensions) + 1)
+    dims = len(geometry.dimensions)
     if geometry.entries == 1:
         return 0
-    return min(levels, key=lambda level: seconds(n, channels, geometry, level, device))
+    times = [seconds(n, channels, geometry, level, device) for level in range(dims + 2)]
+    times[-1] *= MARGIN
+    return min(range(dims + 2), key=times.__getitem__)
 
 
 def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str = "cpu") -> float:
@@ -92,12 +104,27 @@ def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str =
     kept = geometry.dimensions[:level]
     if _many(kept):
         return float("inf")
-    scheme = plan(kept)
+    scheme, spectra = plan(kept), None
+    if level > len(geometry.dimensions):
+        spectra = spectral(kept) if g == 1 and device == "cpu" else None
+        if spectra is None:
+            return float("inf")
+    cells = scheme.cells if spectra is None else [scheme.cells[k] for k in spectra.borders]
     unfolded = g * n * prod(d.out for d in geometry.dimensions[level:])
+    work, copied = _of_cells(cells, kept, half)
+    products = unfolded * work * m * m / rate
+    calls = len(cells) + (JOINING if g * size * size < LARGE else 2 * len(scheme.pairs))
+    found = products + machine.copy * unfolded * m * copied
+    found += machine.write * g * size * size + machine.call * calls
+    return found if spectra is None else found + _of_spectra(n, m, kept, spectra, machine)
+
+
+def _of_cells(cells: Sequence[Cell], kept: Sequence[Dimension], half: float) -> tuple[float, int]:
+    """Return multiply-adds of cells per square of the columns, and entries laid out per column."""
     inner = prod(overlaps(d).entries + overlaps(d).reach for d in kept[1:])
     whole = overlaps(kept[0]).entries * inner
     work, copied, masks, cuts = 0.0, 0, set(), set()
-    for cell in scheme.cells:
+    for cell in cells:
         sides = [hi - lo for lo, hi in zip(cell.lo, cell.hi, strict=True)]
         box = sides[0] * inner if cell.in_place else prod(sides)
         work += box * (half if cell.symmetric else 1.0)
@@ -110,11 +137,16 @@ def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str =
         else:
             copied += box if cell.symmetric else 2 * box
     copied += sum(whole // inner * prod(map(sub, his, los)) for _, los, his in cuts)
-    phases = prod(overlaps(d).step for d in kept)
-    products = unfolded * work * m * m / rate
-    copies = machine.copy * unfolded * m * (copied + whole * (len(masks) + phases))
-    calls = len(scheme.cells) + (JOINING if g * size * size < LARGE else 2 * len(scheme.pairs))
-    return products + copies + machine.write * g * size * size + machine.call * calls
+    phases = prod(overlaps(d).step for d in kept) if cells else 0
+    return work, copied + whole * (len(masks) + phases)
+
+
+def _of_spectra(n: int, c: int, kept: Sequence[Dimension], spectra: Spectral, machine: Machine) -> float:
+    """Return the seconds of `lagged`."""
+    columns, (H, W), half = len(spectra.first) // 2, (d.size for d in kept), machine.half / 2
+    transforms = 2 * (n * c + FEW_ROWS) * columns * H * (W + 2 * spectra.rows)
+    products = 3 * n * (1 + half / c) * (1 + half / n) + 2 * SUMMING * len(spectra.distances)
+    return (TRANSFORMING * transforms + columns * spectra.rows * c * c * products) / machine.rate
 
 
 def product_is_faster(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> bool:

@@ -14,16 +14,24 @@ level name                           products                                   
 0     unfolding                      one symmetric one of ``K C`` columns                 K times x
 1     half unfolding                 one of ``(K / k_1) C`` columns per distance          K / k_1 x
 D     Toeplitz                       one of C columns per distance in all dimensions      1 to 3 x
+D + 1 spectral, in two dimensions    three of C columns per frequency, of data only       2 to 4 x
 ===== ============================== ==================================================== ===========
 
-and few, small ones at the borders. Entries are only added, never subtracted, so that a level is as
-accurate as another. Strides split a dimension into phases that are treated as images of their own. In
-a transposed convolution a pair meets nothing unless k - k' is a multiple of the stride, so that the
-higher levels skip most pairs. Data are taken some at a time, such that what is formed stays small.
+and few, small ones at the borders. Up to Toeplitz, entries are only added, never subtracted, so that a
+level is as accurate as another: each entry to some roundings of sqrt(A_ii A_jj). By spectra
+(`backpack_ext.conv_factors.spectra`) sums run over whole images, and what is at the borders is
+subtracted for the pairs that miss it: entries are accurate to some roundings of the squares of their
+channels, sqrt(E_c E_c'). The two differ for channels that are large at the border only; no entry of the
+diagonal becomes negative, and what is zero there stays so.
+
+Strides split a dimension into phases that are treated as images of their own. In a transposed
+convolution a pair meets nothing unless k - k' is a multiple of the stride, so that the higher levels
+skip most pairs. Data are taken some at a time, such that what is formed stays small.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from math import prod
 
@@ -34,6 +42,7 @@ from backpack_ext.conv_factors.choice import FEW, LARGE, NARROW, best_level, col
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.layout import layout
 from backpack_ext.conv_factors.overlaps import Cell, Plan, plan
+from backpack_ext.conv_factors.spectra import inner_sums, lagged, spectral
 from curvature.panels import symmetric_product
 
 # Entries that are laid out at once.
@@ -52,12 +61,13 @@ def moment(
     Args:
         x: Input ``[n, C, *I]`` of the convolution.
         geometry: The convolution's geometry.
-        level: In how many dimensions overlaps are made use of, 0 to all; that of `best_level` if None.
+        level: In how many dimensions overlaps are made use of, 0 to all, or one more for spectra; that
+            of `best_level` if None.
         dtype: Data type of products and sums; that of x but at least float32 by default.
         workspace: Entries that are laid out at once, unless a datum has more.
 
     Raises:
-        ValueError: If there are not so many dimensions.
+        ValueError: If there are not so many dimensions, or a convolution's spectra are of no use.
 
     Example:
         >>> from torch import nn
@@ -69,22 +79,48 @@ def moment(
     dims = geometry.dimensions
     if level is None:
         level = best_level(len(x), x.shape[1], geometry, x.device.type)
-    if not 0 <= level <= len(dims):
-        raise ValueError(f"moment: level={level!r}; expected 0 to {len(dims)}, the dimensions.")
+    if not 0 <= level <= len(dims) + 1:
+        raise ValueError(f"moment: level={level!r}; expected 0 to {len(dims)} dimensions, or one more.")
     dtype = dtype or torch.promote_types(x.dtype, torch.float32)
     scheme = plan(dims[:level]) if level else None
     if not len(x) or (scheme is not None and not scheme.cells):
         size = x.shape[1] // geometry.groups * geometry.entries
         return x.new_zeros(geometry.groups, size, size, dtype=dtype)
+    if level > len(dims):
+        return _spectral(x, geometry, scheme, dtype, workspace)
     total: list[Tensor] = []
     for part in x.split(_data_at_once(x, geometry, level, workspace)):
         part = geometry.padded(part.to(dtype))
         if scheme is None:
             found = [_whole(part, geometry)]
         else:
-            found = _cells(layout(part, geometry, level), scheme)
+            found = _cells(layout(part, geometry, level), scheme.cells)
         total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
     return total[0] if scheme is None else _assembled(total, geometry, level, scheme)
+
+
+def _spectral(x: Tensor, geometry: Geometry, scheme: Plan, dtype: torch.dtype, workspace: int) -> Tensor:
+    """Return the moment by spectra."""
+    spectra = spectral(geometry.dimensions) if geometry.groups == 1 else None
+    if spectra is None:
+        raise ValueError(
+            "moment: spectra are for convolutions of two dimensions, stride 1 and one group, all of "
+            "whose input is used."
+        )
+    cells = [scheme.cells[n] for n in spectra.borders]
+    total: list[Tensor] = []
+    level = len(geometry.dimensions)
+    for part in x.split(_data_at_once(x, geometry, level + 1, workspace)):
+        part = geometry.padded(part.to(dtype))
+        found = [lagged(part, spectra)]
+        if cells:
+            found += _cells(layout(part, geometry, level), cells)
+        total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
+    whole, *edges = total
+    inner = inner_sums(whole, [edge[0] for edge in edges], spectra)
+    found = dict(zip(spectra.borders, edges, strict=True))
+    found |= zip(spectra.cores, inner.unsqueeze(1), strict=True)
+    return _assembled([found[n] for n in range(len(found))], geometry, level, scheme)
 
 
 def _data_at_once(x: Tensor, geometry: Geometry, level: int, workspace: int) -> int:
@@ -92,7 +128,8 @@ def _data_at_once(x: Tensor, geometry: Geometry, level: int, workspace: int) -> 
     n, m, rows = len(x), columns(x.shape[1], geometry, level), rows_of(geometry, level)
     each = geometry.groups * rows * m
     # adding up results is to cost little beside the products: at least as many rows as columns
-    most = max(1, workspace // each, -(-2 * m // rows))
+    fewest = m if level > len(geometry.dimensions) else -(-2 * m // rows)  # each frequency has n rows
+    most = max(1, workspace // each, fewest)
     return -(-n // -(-n // most))  # in parts of about equal size
 
 
@@ -126,10 +163,10 @@ def _product(a: Tensor, b: Tensor | None) -> Tensor:
     return found.add_(a[..., r - rest :] @ b[..., r - rest :].mT) if rest else found
 
 
-def _cells(phases: dict[tuple[int, ...], Tensor], scheme: Plan) -> list[Tensor]:
-    """Return the products of all cells, ``[g, m, m]`` each."""
+def _cells(phases: dict[tuple[int, ...], Tensor], cells: Sequence[Cell]) -> list[Tensor]:
+    """Return the products of cells, ``[g, m, m]`` each."""
     known: dict[tuple, Tensor] = {}
-    return [_cell(phases, cell, known) for cell in scheme.cells]
+    return [_cell(phases, cell, known) for cell in cells]
 
 
 def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, known: dict[tuple, Tensor]) -> Tensor:

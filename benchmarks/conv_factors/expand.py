@@ -53,7 +53,7 @@ def unfolded(x: Tensor, geometry: Geometry) -> Tensor:
 def methods_of(case: Case, geometry: Geometry) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return the ways by name: unfolding, and each level that is thought of."""
     found = {BASELINE: lambda x: unfolded(x, geometry)}
-    for level in range(len(geometry.dimensions) + 1):
+    for level in range(len(geometry.dimensions) + 2):
         if seconds(1, case.channels, geometry, level) < float("inf"):
             found[f"level {level}"] = lambda x, level=level: moment(x, geometry, level)
     return found
