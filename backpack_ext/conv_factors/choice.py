@@ -104,19 +104,14 @@ def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str =
     kept = geometry.dimensions[:level]
     if _many(kept):
         return float("inf")
-    scheme, spectra = plan(kept), None
+    scheme, unfolded = plan(kept), g * n * prod(d.out for d in geometry.dimensions[level:])
+    calls = len(scheme.cells) + (JOINING if g * size * size < LARGE else 2 * len(scheme.pairs))
+    found = machine.write * g * size * size + machine.call * calls
     if level > len(geometry.dimensions):
         spectra = spectral(kept) if g == 1 and device == "cpu" else None
-        if spectra is None:
-            return float("inf")
-    cells = scheme.cells if spectra is None else [scheme.cells[k] for k in spectra.borders]
-    unfolded = g * n * prod(d.out for d in geometry.dimensions[level:])
-    work, copied = _of_cells(cells, kept, half)
-    products = unfolded * work * m * m / rate
-    calls = len(cells) + (JOINING if g * size * size < LARGE else 2 * len(scheme.pairs))
-    found = products + machine.copy * unfolded * m * copied
-    found += machine.write * g * size * size + machine.call * calls
-    return found if spectra is None else found + _of_spectra(n, m, kept, spectra, machine)
+        return float("inf") if spectra is None else found + _of_spectra(n, m, kept, spectra, machine)
+    work, copied = _of_cells(scheme.cells, kept, half)
+    return found + unfolded * (work * m * m / rate + machine.copy * m * copied)
 
 
 def _of_cells(cells: Sequence[Cell], kept: Sequence[Dimension], half: float) -> tuple[float, int]:
@@ -137,16 +132,20 @@ def _of_cells(cells: Sequence[Cell], kept: Sequence[Dimension], half: float) -> 
         else:
             copied += box if cell.symmetric else 2 * box
     copied += sum(whole // inner * prod(map(sub, his, los)) for _, los, his in cuts)
-    phases = prod(overlaps(d).step for d in kept) if cells else 0
+    phases = prod(overlaps(d).step for d in kept)
     return work, copied + whole * (len(masks) + phases)
 
 
 def _of_spectra(n: int, c: int, kept: Sequence[Dimension], spectra: Spectral, machine: Machine) -> float:
-    """Return the seconds of `lagged`."""
+    """Return the seconds of sums over whole images, and over their borders."""
     columns, (H, W), half = len(spectra.first) // 2, (d.size for d in kept), machine.half / 2
     transforms = 2 * (n * c + FEW_ROWS) * columns * H * (W + 2 * spectra.rows)
     products = 3 * n * (1 + half / c) * (1 + half / n) + 2 * SUMMING * len(spectra.distances)
-    return (TRANSFORMING * transforms + columns * spectra.rows * c * c * products) / machine.rate
+    work = TRANSFORMING * transforms + columns * spectra.rows * c * c * products
+    cells = [plan(tuple(kept)).cells[k] for k in spectra.borders]
+    border = n * c * sum(prod(map(sub, cell.hi, cell.lo)) for cell in cells)
+    work += border * (c + machine.half)
+    return work / machine.rate + 2 * machine.copy * border
 
 
 def product_is_faster(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> bool:

@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from math import prod
+from operator import add
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def moment(
         if scheme is None:
             found = [_whole(part, geometry)]
         else:
-            found = _cells(layout(part, geometry, level), scheme.cells)
+            found = _cells(layout(part, geometry, level), scheme)
         total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
     return total[0] if scheme is None else _assembled(total, geometry, level, scheme)
 
@@ -107,20 +108,35 @@ def _spectral(x: Tensor, geometry: Geometry, scheme: Plan, dtype: torch.dtype, w
             "moment: spectra are for convolutions of two dimensions, stride 1 and one group, all of "
             "whose input is used."
         )
-    cells = [scheme.cells[n] for n in spectra.borders]
     total: list[Tensor] = []
     level = len(geometry.dimensions)
     for part in x.split(_data_at_once(x, geometry, level + 1, workspace)):
         part = geometry.padded(part.to(dtype))
-        found = [lagged(part, spectra)]
-        if cells:
-            found += _cells(layout(part, geometry, level), cells)
+        found = [lagged(part, spectra), *_borders(part, [scheme.cells[n] for n in spectra.borders])]
         total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
     whole, *edges = total
     inner = inner_sums(whole, [edge[0] for edge in edges], spectra)
     found = dict(zip(spectra.borders, edges, strict=True))
     found |= zip(spectra.cores, inner.unsqueeze(1), strict=True)
     return _assembled([found[n] for n in range(len(found))], geometry, level, scheme)
+
+
+def _borders(x: Tensor, cells: Sequence[Cell]) -> list[Tensor]:
+    """Return the products of small cells of images of one phase, ``[1, c, c]`` each."""
+    known: dict[tuple, Tensor] = {}
+
+    def box(lo: tuple[int, ...], hi: tuple[int, ...]) -> Tensor:
+        if (lo, hi) not in known:
+            part = x[(..., *map(slice, lo, hi))]
+            known[lo, hi] = part.transpose(0, 1).reshape(1, x.shape[1], -1)
+        return known[lo, hi]
+
+    found = []
+    for cell in cells:
+        moved = (tuple(map(add, end, cell.shift)) for end in (cell.lo, cell.hi))
+        other = None if cell.symmetric else box(*moved)
+        found.append(_product(box(cell.lo, cell.hi), other))
+    return found
 
 
 def _data_at_once(x: Tensor, geometry: Geometry, level: int, workspace: int) -> int:
@@ -163,10 +179,10 @@ def _product(a: Tensor, b: Tensor | None) -> Tensor:
     return found.add_(a[..., r - rest :] @ b[..., r - rest :].mT) if rest else found
 
 
-def _cells(phases: dict[tuple[int, ...], Tensor], cells: Sequence[Cell]) -> list[Tensor]:
-    """Return the products of cells, ``[g, m, m]`` each."""
+def _cells(phases: dict[tuple[int, ...], Tensor], scheme: Plan) -> list[Tensor]:
+    """Return the products of all cells, ``[g, m, m]`` each."""
     known: dict[tuple, Tensor] = {}
-    return [_cell(phases, cell, known) for cell in cells]
+    return [_cell(phases, cell, known) for cell in scheme.cells]
 
 
 def _cell(phases: dict[tuple[int, ...], Tensor], cell: Cell, known: dict[tuple, Tensor]) -> Tensor:
