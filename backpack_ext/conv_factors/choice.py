@@ -29,6 +29,8 @@ from backpack_ext.conv_factors.spectra import Spectral, spectral
 NARROW = 256
 # Share of a whole product's time that half of it takes.
 HALF = 0.6
+# Entries that are laid out at once, and how many times as many of spectra.
+WORKSPACE, SPECTRA = 2**22, 4
 # Columns that are this small a part of the input are copied once for all cells.
 FEW = 8
 # From this many entries of A on, it is put together pair by pair; before, by about so many operations.
@@ -80,6 +82,18 @@ def rows_of(geometry: Geometry, level: int) -> int:
     return max(1, prod(d.size for d in dims[:level]) * prod(d.out for d in dims[level:]))
 
 
+def data_at_once(n: int, channels: int, geometry: Geometry, level: int, workspace: int) -> int:
+    """Return the number of data that are laid out at once."""
+    m, rows = columns(channels, geometry, level), rows_of(geometry, level)
+    each = geometry.groups * rows * m
+    # adding up results is to cost little beside the products: at least as many rows as columns
+    fewest = -(-2 * m // rows)
+    if level > len(geometry.dimensions):  # each frequency has a row per datum
+        fewest = min(m, SPECTRA * workspace // each)
+    most = max(1, workspace // each, fewest)
+    return -(-n // -(-n // most))  # in parts of about equal size
+
+
 @lru_cache(maxsize=4096)
 def best_level(n: int, channels: int, geometry: Geometry, device: str = "cpu") -> int:
     """Return the level that takes the shortest time on n images of so many channels."""
@@ -109,7 +123,10 @@ def seconds(n: int, channels: int, geometry: Geometry, level: int, device: str =
     found = machine.write * g * size * size + machine.call * calls
     if level > len(geometry.dimensions):
         spectra = spectral(kept) if g == 1 and device == "cpu" else None
-        return float("inf") if spectra is None else found + _of_spectra(n, m, kept, spectra, machine)
+        if spectra is None:
+            return float("inf")
+        once = data_at_once(max(1, n), channels, geometry, level, WORKSPACE)
+        return found + _of_spectra(n, once, m, kept, spectra, machine)
     work, copied = _of_cells(scheme.cells, kept, half)
     return found + unfolded * (work * m * m / rate + machine.copy * m * copied)
 
@@ -136,11 +153,14 @@ def _of_cells(cells: Sequence[Cell], kept: Sequence[Dimension], half: float) -> 
     return work, copied + whole * (len(masks) + phases)
 
 
-def _of_spectra(n: int, c: int, kept: Sequence[Dimension], spectra: Spectral, machine: Machine) -> float:
-    """Return the seconds of sums over whole images, and over their borders."""
+def _of_spectra(
+    n: int, once: int, c: int, kept: Sequence[Dimension], spectra: Spectral, machine: Machine
+) -> float:
+    """Return the seconds of sums over n whole images, some at once, and over their borders."""
     columns, (H, W), half = len(spectra.first) // 2, (d.size for d in kept), machine.half / 2
     transforms = 2 * (n * c + FEW_ROWS) * columns * H * (W + 2 * spectra.rows)
-    products = 3 * n * (1 + half / c) * (1 + half / n) + 2 * SUMMING * len(spectra.distances)
+    products = 3 * n * (1 + half / c) * (1 + half / once)
+    products += 2 * n / once * SUMMING * len(spectra.distances)
     work = TRANSFORMING * transforms + columns * spectra.rows * c * c * products
     cells = [plan(tuple(kept)).cells[k] for k in spectra.borders]
     border = n * c * sum(prod(map(sub, cell.hi, cell.lo)) for cell in cells)

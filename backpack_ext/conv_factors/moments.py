@@ -39,15 +39,12 @@ from operator import add
 import torch
 from torch import Tensor
 
-from backpack_ext.conv_factors.choice import FEW, LARGE, NARROW, best_level, columns, rows_of
+from backpack_ext.conv_factors.choice import FEW, LARGE, NARROW, WORKSPACE, best_level, data_at_once
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.layout import layout
 from backpack_ext.conv_factors.overlaps import Cell, Plan, plan
 from backpack_ext.conv_factors.spectra import inner_sums, lagged, spectral
 from curvature.panels import symmetric_product
-
-# Entries that are laid out at once.
-WORKSPACE = 2**22
 
 
 def moment(
@@ -90,7 +87,7 @@ def moment(
     if level > len(dims):
         return _spectral(x, geometry, scheme, dtype, workspace)
     total: list[Tensor] = []
-    for part in x.split(_data_at_once(x, geometry, level, workspace)):
+    for part in x.split(data_at_once(len(x), x.shape[1], geometry, level, workspace)):
         part = geometry.padded(part.to(dtype))
         if scheme is None:
             found = [_whole(part, geometry)]
@@ -110,7 +107,7 @@ def _spectral(x: Tensor, geometry: Geometry, scheme: Plan, dtype: torch.dtype, w
         )
     total: list[Tensor] = []
     level = len(geometry.dimensions)
-    for part in x.split(_data_at_once(x, geometry, level + 1, workspace)):
+    for part in x.split(data_at_once(len(x), x.shape[1], geometry, level + 1, workspace)):
         part = geometry.padded(part.to(dtype))
         found = [lagged(part, spectra), *_borders(part, [scheme.cells[n] for n in spectra.borders])]
         total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
@@ -137,16 +134,6 @@ def _borders(x: Tensor, cells: Sequence[Cell]) -> list[Tensor]:
         other = None if cell.symmetric else box(*moved)
         found.append(_product(box(cell.lo, cell.hi), other))
     return found
-
-
-def _data_at_once(x: Tensor, geometry: Geometry, level: int, workspace: int) -> int:
-    """Return the number of data that are laid out at once."""
-    n, m, rows = len(x), columns(x.shape[1], geometry, level), rows_of(geometry, level)
-    each = geometry.groups * rows * m
-    # adding up results is to cost little beside the products: at least as many rows as columns
-    fewest = m if level > len(geometry.dimensions) else -(-2 * m // rows)  # each frequency has n rows
-    most = max(1, workspace // each, fewest)
-    return -(-n // -(-n // most))  # in parts of about equal size
 
 
 def _whole(x: Tensor, geometry: Geometry) -> Tensor:
