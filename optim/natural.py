@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -638,8 +639,8 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
         else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
             values = [g.sum(dtype=state_dtype(g)) for g in grads]
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
-        if not values:
-            return True
+        if all(v.is_cpu for v in values):  # numbers take a fraction of the time of small tensors
+            return all(isfinite(v.item()) for v in values)
         device = values[0].device
         return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
 
