@@ -663,8 +663,8 @@ def square_sum(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     if dims == -1 and t.device.type == "cpu" and t.stride(-1) != 1 and t.numel():
         # norms along an axis that is not the last in memory take up to 30 times as long
         step = max(1, PART * t.shape[-1] // t.numel())
-        parts = (part.to(accumulator(t.dtype)).square().sum(-1) for part in t.split(step, -1))
-        return reduce(Tensor.add_, parts)
+        parts = (t,) if step >= t.shape[-1] else t.split(step, -1)
+        return reduce(Tensor.add_, (part.to(accumulator(t.dtype)).square().sum(-1) for part in parts))
     return torch.linalg.vector_norm(t, dim=dims, dtype=accumulator(t.dtype)).square_()
 
 

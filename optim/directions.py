@@ -128,7 +128,7 @@ class Sides:
         self.C, self.K = C, K
         self.left, self.right = C.epsilon.unsqueeze(-1), K.epsilon[:n]
         self.A_left, self.A_right = C.A.mT, K.A[:, :n]
-        self.ranks = len(C.A), len(K.A)
+        self.ranks = C.A.shape[-2], K.A.shape[-2]
         self.rest = K.epsilon[n:], K.A[:, n:].mT  # what a bias meets
         (a, b), first = K.cuts, min(K.cuts[0], n)
         self.joins_bias = n < a or b <= n  # is the last of K's ends
@@ -172,7 +172,7 @@ class Part:
         """Add ``scale`` times all the other terms."""
         for pair in self.low_rank:  # joining them takes longer than a second pass over T
             T.addmm_(*pair, alpha=scale)
-        if len(self.rows):
+        if self.rows.shape[0]:
             a, b = self.sides.C.cuts
             T[:a].add_(self.rows[:a], alpha=scale)
             T[b:].add_(self.rows[a:], alpha=scale)

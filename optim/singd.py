@@ -135,7 +135,9 @@ class InverseFree(NaturalGradient):
             if layer.bias is None:
                 yield (found,)
             else:
-                yield found, form.bias_axes.to_parameter(torch.stack([part.bias for part in parts]))
+                columns = [part.bias for part in parts]
+                N = columns[0].unsqueeze(0) if len(columns) == 1 else torch.stack(columns)
+                yield found, form.bias_axes.to_parameter(N)
 
     def _check_group(self, group: dict) -> None:
         name = type(self).__name__

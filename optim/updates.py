@@ -141,9 +141,10 @@ def _bracket(
     half: float,
 ) -> Structured:
     """Return ``half [trace H + damping P(K^T K) - I]``."""
-    m = H * (half * trace)
-    if not isinstance(damping, (int, float)) or damping:
-        m.add_(K.gram(), half * damping)
+    if isinstance(damping, (int, float)) and not damping:
+        m = H * (half * trace)
+    else:  # in the memory of the product
+        m = K.gram().mul_(half * damping).add_(H, half * trace)
     return m.add_identity_(-half)
 
 
