@@ -27,6 +27,9 @@ class EntrywiseMatrix(StructuredMatrix):
         return diagonal.sum(-1, dtype=accumulator(self.dtype))
 
     def _square_norm(self) -> Tensor:
+        if not self.batch_shape and accumulator(self.dtype) == self.dtype:  # few calls
+            norms = torch.stack(torch._foreach_norm(self.tensors))
+            return norms.dot(norms)
         axes = [len(shape) for shape in self.shapes(self.dim, **self.options)]
         parts = zip(self.tensors, axes, strict=True)
         return reduce(Tensor.add_, (square_sum(t, tuple(range(-k, 0))) for t, k in parts))

@@ -202,22 +202,17 @@ class DiagonalPlus(Outer):
     def A(self) -> Tensor:
         """As above, ``[m, d]``."""
 
-    @property
-    def ends(self) -> list[int]:
-        """The indices that E selects."""
-        return [*range(self.cuts[0]), *range(self.cuts[1], self.dim)]
-
     @abstractmethod
     def at(self, k: int) -> DiagonalPlus:
         """Return the k-th of a stack of matrices, sharing memory."""
 
     @abstractmethod
-    def meet_left(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``B X`` and ``R X`` for ``X[d, n]``, of a single matrix."""
+    def meet_left(self, X: Tensor) -> Tensor:
+        """Return ``B X`` above ``R X``, in new memory, for ``X[d, n]``, of a single matrix."""
 
     @abstractmethod
-    def meet_right(self, X: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return ``X B^T`` and ``X R^T`` for ``X[n, d]``, of a single matrix.
+    def meet_right(self, X: Tensor, last: Tensor | None) -> Tensor:
+        """Return ``B X^T`` above ``R X^T`` for ``X[n, d]``, of a single matrix.
 
         Args:
             X: As above, without its last column if that is given.
@@ -235,22 +230,26 @@ class Arrow(DiagonalPlus):
     :math:`(0, \epsilon, 0)` as ``[d]``. With the zeros each step fills whole rows, in place.
 
     Args:
-        k1: Number of first rows.
-        rows: As above.
-        epsilon: Only the middle, ``[d - k1 - k2]``.
+        M: The hierarchical matrix whose product with its transpose is held.
     """
 
-    def __init__(self, k1: int, rows: Tensor, epsilon: Tensor):
-        d, m = rows.shape[-1], epsilon.shape[-1]
-        self.cuts = a, b = k1, k1 + m
-        middle = _aligned_zeros(rows, *rows.shape)
-        middle[..., a:b] = rows[..., a:b]
-        super().__init__(d, rows, middle, pad(epsilon, (a, d - b)))
+    def __init__(self, M: _Hierarchical):
+        delta = M.tensors[2]
+        self.cuts = a, b = M._cuts
+        W = _dense_rows(M)
+        ends = W @ W.mT
+        rows, middle = _aligned_zeros(W, *W.shape), _aligned_zeros(W, *W.shape)
+        torch.mul(W[..., a:b], delta.unsqueeze(-2), out=middle[..., a:b])
+        rows[..., a:b] = middle[..., a:b]
+        rows[..., :a], rows[..., b:] = ends[..., :a], ends[..., a:]
+        super().__init__(M.dim, rows, middle, pad(delta.square(), (a, M.dim - b)))
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
         rows, middle, epsilon = self.tensors
         a, b = self.cuts
+        if a == b:  # all is dense
+            return rows @ X
         Y = epsilon.unsqueeze(-1) * X
         ends = torch.cat([X[..., :a, :], X[..., b:, :]], -2) if b < self.dim else X[..., :a, :]
         add_product_(Y, middle.mT, ends)
@@ -262,6 +261,8 @@ class Arrow(DiagonalPlus):
         """Return ``X M M^T``."""
         rows, middle, epsilon = self.tensors
         a, b = self.cuts
+        if a == b:
+            return X @ rows
         Y = epsilon.unsqueeze(-2) * X
         ends = torch.cat([X[..., :a], X[..., b:]], -1) if b < self.dim else X[..., :a]
         add_product_(Y, ends, middle)
@@ -285,20 +286,20 @@ class Arrow(DiagonalPlus):
         new.dim, new.cuts, new.tensors = self.dim, self.cuts, tuple(t[k] for t in self.tensors)
         return new
 
-    def meet_left(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``E X`` and ``R X`` for ``X[d, n]``."""
+    def meet_left(self, X: Tensor) -> Tensor:
+        """Return ``E X`` above ``R X`` for ``X[d, n]``."""
         a, b = self.cuts
-        return torch.cat([X[:a], X[b:]]), self.tensors[0] @ X
+        return torch.cat([X[:a], X[b:], self.tensors[0] @ X])
 
-    def meet_right(self, X: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return ``X E^T`` and ``X R^T`` for ``X[n, d]``, or its last column apart."""
-        a, b = self.cuts
-        rows, n = self.tensors[0], X.shape[1]
-        dense, few = rows[:, :n] @ X.mT, [X[:, :a], X[:, b:]]
+    def meet_right(self, X: Tensor, last: Tensor | None) -> Tensor:
+        """Return ``E X^T`` above ``R X^T`` for ``X[n, d]``, or its last column apart."""
+        (a, b), rows, X = self.cuts, self.tensors[0], X.mT
+        n = len(X)
+        dense, few = rows[:, :n] @ X, [X[:a], X[b:]]
         if last is not None:
             dense.addmm_(rows[:, n:], last.mT)
-            few += [last] if n in self.ends else []
-        return torch.cat(few, dim=1), dense.mT
+            few += [last.mT] if n < a or b <= n else []
+        return torch.cat([*few, dense])
 
 
 class DiagonalPlusGram(DiagonalPlus):
@@ -325,17 +326,15 @@ class DiagonalPlusGram(DiagonalPlus):
         """Return the k-th of a stack of matrices, sharing memory."""
         return DiagonalPlusGram(*(t[k] for t in self.tensors))
 
-    def meet_left(self, X: Tensor) -> tuple[Tensor, Tensor]:
+    def meet_left(self, X: Tensor) -> Tensor:
         """Return ``W X``, and no row more, for ``X[d, n]``."""
-        return self.tensors[0] @ X, X[:0]
+        return self.tensors[0] @ X
 
-    def meet_right(self, X: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return ``X W^T``, and no column more, for ``X[n, d]``, or its last column apart."""
+    def meet_right(self, X: Tensor, last: Tensor | None) -> Tensor:
+        """Return ``W X^T``, and no row more, for ``X[n, d]``, or its last column apart."""
         W, n = self.tensors[0], X.shape[1]
         few = W[:, :n] @ X.mT
-        if last is not None:
-            few.addmm_(W[:, n:], last.mT)
-        return few.mT, X[:, :0]
+        return few if last is None else few.addmm_(W[:, n:], last.mT)
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
@@ -444,20 +443,15 @@ def _(M: _Toeplitz) -> Outer:
 
 @outer.register
 def _(M: _Hierarchical) -> Outer:
-    T, U, delta = M.tensors
+    if not M.mirrored:
+        return Arrow(M)
     a, b = M._cuts
-    square = delta.square()
-    if M.mirrored:
-        W = _aligned_zeros(T, *T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
-        W[..., :a, :], W[..., a:, a:] = T, U
-        return DiagonalPlusGram(W, pad(square, (a, M.dim - b)))
-    m = b - a
-    R = _aligned_zeros(T, *T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
-    scaled = delta.unsqueeze(-2)
-    R[..., :a, :a] = T @ T.mT
-    R[..., :a, a:b] = T[..., a:b] * scaled
-    R[..., :a, b:] = cross = T[..., a:] @ U.mT
-    R[..., a:, :a] = cross.mT
-    R[..., a:, a:b] = U[..., :m] * scaled
-    R[..., a:, b:] = U @ U.mT
-    return Arrow(a, R, square)
+    return DiagonalPlusGram(_dense_rows(M), pad(M.tensors[2].square(), (a, M.dim - b)))
+
+
+def _dense_rows(M: _Hierarchical) -> Tensor:
+    """Return the dense rows of what is held, with zeros where there is nothing, ``[k1 + k2, d]``."""
+    (T, U, _), a = M.tensors, M._cuts[0]
+    W = _aligned_zeros(T, *T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
+    W[..., :a, :], W[..., a:, a:] = T, U
+    return W

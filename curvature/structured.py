@@ -265,8 +265,7 @@ class StructuredMatrix(ABC):
     def __matmul__(self, other: Any) -> Any:
         """Product with a dense ``X[..., d, n]``, or with a matrix of the same structure, in it."""
         if isinstance(other, StructuredMatrix):
-            self._check_same(other, "@")
-            self._check_batch(other.batch_shape, "@")
+            self._check_pair(other, "@")
             return self._compose(other)
         return self.matmul(other) if isinstance(other, Tensor) else NotImplemented
 
@@ -299,15 +298,13 @@ class StructuredMatrix(ABC):
     def __add__(self: Self, other: Any) -> Self:
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
-        self._check_same(other, "+")
-        self._check_batch(other.batch_shape, "+")
+        self._check_pair(other, "+")
         return self.like(t + u for t, u in zip(self.tensors, other.tensors, strict=True))
 
     def __sub__(self: Self, other: Any) -> Self:
         if not isinstance(other, StructuredMatrix):
             return NotImplemented
-        self._check_same(other, "-")
-        self._check_batch(other.batch_shape, "-")
+        self._check_pair(other, "-")
         return self.like(t - u for t, u in zip(self.tensors, other.tensors, strict=True))
 
     def __neg__(self: Self) -> Self:
@@ -317,6 +314,8 @@ class StructuredMatrix(ABC):
         """Scale by a number, or by a tensor of the batch shape; the data type stays."""
         if not isinstance(factor, int | float | Tensor):
             return NotImplemented
+        if not isinstance(factor, Tensor):
+            return self.like(t * factor for t in self.tensors)
         factors = self._factors(factor, "*")
         return self.like((t * f).to(t.dtype) for t, f in zip(self.tensors, factors, strict=True))
 
@@ -335,8 +334,7 @@ class StructuredMatrix(ABC):
             TypeError: If ``other`` is of another structure or data type.
             ValueError: If dimensions, options or batch shapes do not fit.
         """
-        self._check_same(other, "add_")
-        self._check_batch(other.batch_shape, "add_", grow=False)
+        self._check_pair(other, "add_", grow=False)
         factors = self._factors(alpha, "add_", grow=False)
         for t, u, f in zip(self.tensors, other.tensors, factors, strict=True):
             if not isinstance(f, Tensor):
@@ -569,6 +567,13 @@ class StructuredMatrix(ABC):
                 f"{self!r} {operation} {other!r}: expected equal data types; convert one with to()."
             )
 
+    def _check_pair(self, other: StructuredMatrix, operation: str, grow: bool = True) -> None:
+        """Do what `_check_same` and `_check_batch` do."""
+        self._check_same(other, operation)
+        # all else is equal, hence the batch is if this is
+        if other.tensors[0].shape != self.tensors[0].shape:
+            self._check_batch(other.batch_shape, operation, grow)
+
     def _check_batch(self, shape: torch.Size, operation: str, grow: bool = True) -> None:
         """Refuse leading axes that do not broadcast; without ``grow`` those that add to the batch."""
         own = self.batch_shape
@@ -658,8 +663,8 @@ def square_sum(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     if dims == -1 and t.device.type == "cpu" and t.stride(-1) != 1 and t.numel():
         # norms along an axis that is not the last in memory take up to 30 times as long
         step = max(1, PART * t.shape[-1] // t.numel())
-        parts = (part.to(accumulator(t.dtype)).square().sum(-1) for part in t.split(step, -1))
-        return reduce(Tensor.add_, parts)
+        parts = (t,) if step >= t.shape[-1] else t.split(step, -1)
+        return reduce(Tensor.add_, (part.to(accumulator(t.dtype)).square().sum(-1) for part in parts))
     return torch.linalg.vector_norm(t, dim=dims, dtype=accumulator(t.dtype)).square_()
 
 

@@ -65,7 +65,7 @@ class Bucket:
         self.dtype, self.device, self.owner = dtype, layers[0].weight.device, owner
         self.matrices: dict[str, StructuredMatrix] = {}
         self.choice: Any = None  # what the optimizer's slots depended on
-        self.cache: Any = None  # what follows from the matrices, and is made anew when they change
+        self.cache: dict[str, Any] = {}  # what follows from the matrices, made anew when they change
         count = len(self.layers) * form.groups
         like = torch.empty(0, dtype=dtype, device=self.device)
         # one that others have a part of has to be complete here
@@ -126,7 +126,7 @@ class Bucket:
                 new = target[rows]
                 write(new, source)
                 target[rows] = new
-        self.cache = None
+        self.cache.clear()
 
     def of_layer(self, name: str, layer: Layer) -> StructuredMatrix:
         """Return a view of a layer's matrices, ``[g,d,d]``."""

@@ -110,16 +110,37 @@ class TwoSided(Direction):
 
     def _add_to(self, M: Tensor, factor: float) -> None:
         for view, part in zip(M, self.parts, strict=True):
-            torch.add(part.scaled(self.scale), view, alpha=factor, out=view)
+            # few passes over large matrices, and one in new memory
+            view.mul_(factor).addcmul_(part.G * part.sides.left, part.sides.right, value=self.scale)
             part.add_rest_(view, self.scale)
+
+
+class Sides:
+    """Both sides of `TwoSided` for one matrix, and what is cut of them, once for as long as they stay.
+
+    Args:
+        C: The left side, :math:`S_C`.
+        K: The right side, :math:`S_K`.
+        n: Number of columns of gradients, without that of a bias.
+    """
+
+    def __init__(self, C: DiagonalPlus, K: DiagonalPlus, n: int):
+        self.C, self.K = C, K
+        self.left, self.right = C.epsilon.unsqueeze(-1), K.epsilon[:n]
+        self.A_left, self.A_right = C.A.mT, K.A[:, :n]
+        self.ranks = C.A.shape[-2], K.A.shape[-2]
+        self.rest = K.epsilon[n:], K.A[:, n:].mT  # what a bias meets
+        (a, b), first = K.cuts, min(K.cuts[0], n)
+        self.joins_bias = n < a or b <= n  # is the last of K's ends
+        # columns of gradients that are K's ends, and where these begin among the ends
+        self.borders = [(0, first, 0)] * (first > 0) + [(b, n, a)] * (b < n)
 
 
 class Part:
     """`TwoSided` for one matrix.
 
     Args:
-        C: Its left side, :math:`S_C`.
-        K: Its right side.
+        sides: Both sides.
         G: The weight's gradient, ``[o, i]`` without the column of the bias.
         bias: The bias's gradient, ``[o, 1]``; None if it is not joined.
 
@@ -128,38 +149,33 @@ class Part:
         bias: The preconditioned gradient of the bias, ``[o, 1]``; None without one.
     """
 
-    def __init__(self, C: DiagonalPlus, K: DiagonalPlus, G: Tensor, bias: Tensor | None):
-        n = G.shape[1]
-        self.G, self.bias = G, None
-        self.left, self.right = C.epsilon.unsqueeze(-1), K.epsilon[:n]
-        self.C_cuts, self.K_cuts = C.cuts, K.cuts
-        few, dense = K.meet_right(G, bias)  # G B^T, G R^T
-        N, count = C.matmul(torch.cat([few, dense], dim=1)), few.shape[1]
-        self.columns = N[:, count:]
-        if bias is not None and n in K.ends:
-            self.bias = self.columns[:, -1:]
-        elif bias is not None:
-            self.bias = C.matmul(bias * K.epsilon[n:] + few @ K.A[:, n:])
-        few, dense = C.meet_left(G)  # B G, R G
-        self.rows = dense * self.right
-        self.low_rank = (C.A.mT, few * self.right), (N[:, :count], K.A[:, :n])
+    def __init__(self, sides: Sides, G: Tensor, bias: Tensor | None):
+        (rank, count), self.bias = sides.ranks, None
+        self.sides, self.G = sides, G
+        # few vectors are rows throughout: products with few columns take longer on CPU
+        X = sides.K.meet_right(G, bias)  # B G^T above R G^T
+        if bias is not None and not sides.joins_bias:
+            epsilon, A = sides.rest
+            X = torch.cat([X, torch.addmm(bias.mT * epsilon, A, X[:count])])
+        N = sides.C.rmatmul(X)
+        if bias is not None:
+            self.bias = N[-1:].mT
+        few = sides.C.meet_left(G).mul_(sides.right)  # B G D above R G D
+        self.rows, self.columns = few[rank:], N[count:].mT
+        self.low_rank = (sides.A_left, few[:rank]), (N[:count].mT, sides.A_right)
 
     def scaled(self, scale: float) -> Tensor:
         """Return ``scale D_C G D_K`` in new memory."""
-        return (self.G * (self.left * scale)).mul_(self.right)
+        return (self.G * (self.sides.left * scale)).mul_(self.sides.right)
 
     def add_rest_(self, T: Tensor, scale: float) -> Tensor:
         """Add ``scale`` times all the other terms."""
         for pair in self.low_rank:  # joining them takes longer than a second pass over T
             T.addmm_(*pair, alpha=scale)
-        n, (a, b) = T.shape[1], self.C_cuts
-        if len(self.rows):
+        if self.rows.shape[0]:
+            a, b = self.sides.C.cuts
             T[:a].add_(self.rows[:a], alpha=scale)
             T[b:].add_(self.rows[a:], alpha=scale)
-        if self.columns.shape[1]:
-            a, b = self.K_cuts
-            first = min(a, n)
-            T[:, :first].add_(self.columns[:, :first], alpha=scale)
-            if b < n:
-                T[:, b:].add_(self.columns[:, a : a + n - b], alpha=scale)
+        for start, end, place in self.sides.borders:
+            T[:, start:end].add_(self.columns[:, place : place + end - start], alpha=scale)
         return T

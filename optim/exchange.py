@@ -122,5 +122,5 @@ class Exchange:
             for name in kept:
                 count = len(bucket.matrices[name].tensors)
                 messages.setdefault(bucket.owner, []).extend(state[f"{name}.{j}"] for j in range(count))
-            bucket.cache = None
+            bucket.cache.clear()
         self.placement.broadcast(messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -230,8 +231,14 @@ class Layers:
 
 
 def _form(weight: Tensor, axes: Axes, bias_axes: Axes | None, one_hot: bool) -> Form:
-    groups, rows, columns = axes.to_matrix(torch.empty(weight.shape, device="meta")).shape
+    groups, rows, columns = _matrix_shape(axes, weight.shape)
     return Form(groups, rows, columns + (bias_axes is not None), axes, bias_axes, one_hot)
+
+
+@lru_cache(maxsize=1024)
+def _matrix_shape(axes: Axes, shape: torch.Size) -> torch.Size:
+    """Return ``(g, o, i)`` of a weight's shape."""
+    return axes.to_matrix(torch.empty(shape, device="meta")).shape
 
 
 def _without_bias(form: Form) -> Form:

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -326,7 +327,9 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
         self._products, failed = self._checked(rows)
         used = len(self._products)
         # the check of rows has seen their layers' gradients
-        rest = [p for p in present if self._layers.owner(p) not in self._products]
+        rest = present
+        if self._products:
+            rest = [p for p in present if self._layers.owner(p) not in self._products]
         finite = self._finite(rest, moments)
         if self.placement.size > 1 and not still:
             finite = self._exchange.agree(found, finite, due or bool(self._lost))
@@ -340,12 +343,12 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
             self._give_up_missing(found)
         if not due:
             found = {}
-        self._buckets.activate(found)
-        self._buckets.activate(filter(None, map(self._layers.owner, present)))
+        owners = [self._layers.owner(p) for p in present]
+        self._buckets.activate([*found, *filter(None, owners)])
         if due and ran:  # maybe for no layer: all may be the fallback's
             self._refresh_all(found)
         del rows
-        self._update(present)
+        self._update(present, owners)
         if not still:
             if passes:
                 self._tick(rows=used, rejected=self.rejected + failed)
@@ -387,10 +390,9 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
 
     # ------------------------------------------------------------------ the parameters
 
-    def _update(self, present: list[Tensor]) -> None:
-        """Change the parameters."""
-        reached = dict.fromkeys(filter(None, map(self._layers.owner, present)))
-        for directions in self._directions(reached):
+    def _update(self, present: list[Tensor], owners: list[Layer | None]) -> None:
+        """Change parameters, given the layers that they belong to."""
+        for directions in self._directions(filter(None, owners)):
             for p, n in directions:
                 group, state = self._buckets.group_of[p], self.state[p]
                 momentum_step(
@@ -403,7 +405,7 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
                     write=self._write_parameter,
                 )
                 state.setdefault("kind", JOINED)
-        others = [p for p in present if self._layers.owner(p) is None]
+        others = [p for p, layer in zip(present, owners, strict=True) if layer is None]
         if others:
             self._fall_back(others)
 
@@ -490,20 +492,24 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
 
     def _write(self, target: Tensor, source: Tensor) -> None:
         """Overwrite a matrix's tensor, rounding to its data type."""
-        copy_rounded_(target, source, self._generator("matrices", target.device))
+        self._copy_rounded(target, source, "matrices")
 
     def _write_parameter(self, target: Tensor, source: Tensor) -> None:
         """Overwrite a parameter, rounding to its data type."""
-        copy_rounded_(target, source, self._generator("parameters", target.device))
+        self._copy_rounded(target, source, "parameters")
 
-    def _generator(self, use: str, device: torch.device) -> torch.Generator | None:
-        """Return what this step's rounding draws from; None to round to the nearest.
+    def _copy_rounded(self, target: Tensor, source: Tensor, use: str) -> None:
+        if self.stochastic_rounding:
+            copy_rounded_(target, source, self._generator(use, target.device))
+        else:  # the same, in a fraction of the time
+            target.copy_(source)
+
+    def _generator(self, use: str, device: torch.device) -> torch.Generator:
+        """Return what this step's rounding draws from.
 
         It depends on the step alone, so that nothing has to be saved and copies in several processes
         stay equal. Matrices, which not all processes write, have one of their own.
         """
-        if not self.stochastic_rounding:
-            return None
         numbers = ("matrices", "parameters").index(use), self._clock["step"]
         if self._rounding.get((use, device), (None,))[0] != numbers:
             self._rounding[use, device] = numbers, seeded_generator(device, *numbers)
@@ -569,9 +575,10 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
     ) -> tuple[StructuredMatrix | None, Structure, torch.dtype]:
         """Return `_coordinate` in its data type; of one of a layer's matrices, unless part is None."""
         M, structure, dtype = self._coordinate(layer, factor)
-        if M is not None:
-            tensors = M.tensors if part is None else [t[part : part + 1] for t in M.tensors]
-            M = M.like(t.to(dtype) for t in tensors)
+        if M is not None and part is not None:
+            M = M.like(t[part : part + 1] for t in M.tensors)
+        if M is not None and M.dtype != dtype:
+            M = M.to(dtype)
         return M, structure, dtype
 
     def _coordinate(
@@ -638,8 +645,8 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
         else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
             values = [g.sum(dtype=state_dtype(g)) for g in grads]
         values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
-        if not values:
-            return True
+        if all(v.is_cpu for v in values):  # numbers take a fraction of the time of small tensors
+            return all(isfinite(v.item()) for v in values)
         device = values[0].device
         return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
 

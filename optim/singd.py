@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from curvature import DiagonalMatrix, StructuredMatrix
 from curvature.outer import DiagonalPlus, Outer, outer, outer_for_few
 from optim.bucket import SMALL, Bucket, Slot
-from optim.directions import Direction, Part, TwoSided
+from optim.directions import Direction, Part, Sides, TwoSided
 from optim.layers import Layer
 from optim.natural import NaturalGradient
 from optim.schedules import Interval, check_number
@@ -78,10 +79,11 @@ class InverseFree(NaturalGradient):
 
     def _cached(self, bucket: Bucket, *makes: Callable[[StructuredMatrix], Any]) -> tuple[Any, Any]:
         """Return what two functions make of C and of K, once for as long as these stay."""
-        if bucket.cache is None or bucket.cache[0] != makes:
+        if bucket.cache.get("makes") != makes:
             first, second = makes
-            bucket.cache = makes, (first(bucket.matrices["C"]), second(bucket.matrices["K"]))
-        return bucket.cache[1]
+            sides = first(bucket.matrices["C"]), second(bucket.matrices["K"])
+            bucket.cache = {"makes": makes, "sides": sides}
+        return bucket.cache["sides"]
 
     def _precondition_rows(
         self, bucket: Bucket, group: dict, b: Tensor, a: Tensor
@@ -114,23 +116,28 @@ class InverseFree(NaturalGradient):
         self, bucket: Bucket, C: DiagonalPlus, K: DiagonalPlus
     ) -> Iterator[tuple[Tensor | Direction, ...]]:
         """Yield gradients as sums of what can be added to momenta at once."""
-        form = bucket.form
-        for k, layer in enumerate(bucket.layers):
+        form, count = bucket.form, len(bucket.layers) * bucket.form.groups
+        if "pairs" not in bucket.cache:
+            n = form.columns - (form.bias_axes is not None)
+            pairs = [(C, K)] if bucket.single else [(C.at(j), K.at(j)) for j in range(count)]
+            bucket.cache["pairs"] = [Sides(*pair, n) for pair in pairs]
+        pairs = iter(bucket.cache["pairs"])
+        for layer in bucket.layers:
             grads = [self._grad(p).to(bucket.dtype) for p in layer.parameters]
-            G = form.axes.to_matrix(grads[0])
+            G = form.axes.to_matrix(grads[0]).unbind()
             bias = [None] * form.groups
             if layer.bias is not None:
-                bias = form.bias_axes.to_matrix(grads[1])
-            places = range(k * form.groups, (k + 1) * form.groups)
-            sides = [(C, K) if bucket.single else (C.at(j), K.at(j)) for j in places]
-            parts = [Part(*pair, M, b) for pair, M, b in zip(sides, G, bias, strict=True)]
+                bias = form.bias_axes.to_matrix(grads[1]).unbind()
+            parts = [Part(next(pairs), *pair) for pair in zip(G, bias, strict=True)]
             found: Tensor | Direction = TwoSided(parts, form.axes)
             if any(map(is_sharded, layer.parameters)):
                 found = found.tensor()
             if layer.bias is None:
                 yield (found,)
             else:
-                yield found, form.bias_axes.to_parameter(torch.stack([part.bias for part in parts]))
+                columns = [part.bias for part in parts]
+                N = columns[0].unsqueeze(0) if len(columns) == 1 else torch.stack(columns)
+                yield found, form.bias_axes.to_parameter(N)
 
     def _check_group(self, group: dict) -> None:
         name = type(self).__name__
@@ -146,7 +153,7 @@ class InverseFree(NaturalGradient):
         What they are bounds what preconditioning makes of a gradient.
         """
         size = new["K"].square_norm() * new["C"].square_norm()
-        if not bool(size.isfinite().all()):
+        if not isfinite(size.max().item()):
             warnings.warn(
                 f"{type(self).__name__}: a refresh of {len(bucket.layers)} layer(s) diverged and is "
                 "left out. lr_cov is too large for the curvature (of inputs that are not normalised?)"
@@ -163,7 +170,8 @@ class InverseFree(NaturalGradient):
     def _wide(self, bucket: Bucket, rows: Tensor | None, *names: str) -> list[StructuredMatrix]:
         """Return matrices in float32 or above, where small changes are not lost."""
         dtype = torch.promote_types(bucket.dtype, torch.float32)
-        return [bucket.get(name, rows).to(dtype) for name in names]
+        matrices = [bucket.get(name, rows) for name in names]
+        return matrices if bucket.dtype == dtype else [M.to(dtype) for M in matrices]
 
 
 def _squares(M: DiagonalMatrix) -> Tensor:

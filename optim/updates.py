@@ -89,10 +89,10 @@ def singd(
         applications to deep learning (INGD). Lin et al. (2024), Structured inverse-free natural
         gradient: memory-efficient and numerically stable KFAC.
     """
-    tr_K, tr_C = _mean_square(K), _mean_square(C)
+    tr_K, tr_C = _factor(K.square_norm()) / K.dim, _factor(C.square_norm()) / C.dim
     half = 0.5 * (1 - alpha1) if normalize else 0.5
-    new_K = _bracket(K, H_K, mean_trace(H_C), damping * tr_C, half)
-    new_C = _bracket(C, H_C, mean_trace(H_K), damping * tr_K, half)
+    new_K = _bracket(K, H_K, _factor(H_C.trace()) / C.dim, damping * tr_C, half)
+    new_C = _bracket(C, H_C, _factor(H_K.trace()) / K.dim, damping * tr_K, half)
     if m_K is not None:
         new_K.add_(m_K, alpha1)
     if m_C is not None:
@@ -128,22 +128,23 @@ def ikfac(
     References:
         Lin et al. (2024), Structured inverse-free natural gradient.
     """
-    m_K = _bracket(K, H_K, None, damping, 0.5)
-    m_C = _bracket(C, H_C, None, damping, 0.5)
+    m_K = _bracket(K, H_K, 1.0, damping, 0.5)
+    m_C = _bracket(C, H_C, 1.0, damping, 0.5)
     return _moved(K, m_K, lr_cov, False), _moved(C, m_C, lr_cov, False)
 
 
 def _bracket(
     K: Structured,
     H: Structured,
-    trace: Tensor | None,
+    trace: float | Tensor,
     damping: float | Tensor,
     half: float,
 ) -> Structured:
-    """Return ``half [trace H + damping P(K^T K) - I]``; a trace of None is one."""
-    m = H * half if trace is None else H * (half * trace)
-    if not isinstance(damping, (int, float)) or damping:
-        m.add_(K.gram(), half * damping)
+    """Return ``half [trace H + damping P(K^T K) - I]``."""
+    if isinstance(damping, (int, float)) and not damping:
+        m = H * (half * trace)
+    else:  # in the memory of the product
+        m = K.gram().mul_(half * damping).add_(H, half * trace)
     return m.add_identity_(-half)
 
 
@@ -157,11 +158,6 @@ def _moved(K: Structured, m: Structured, lr_cov: float, normalize: bool) -> Stru
     return step
 
 
-def mean_trace(M: StructuredMatrix) -> Tensor:
-    """Return the traces divided by the dimension, ``[g]``."""
-    return M.trace() / M.dim
-
-
-def _mean_square(M: StructuredMatrix) -> Tensor:
-    """Return the traces of ``M^T M`` divided by the dimension, ``[g]``."""
-    return M.square_norm() / M.dim
+def _factor(t: Tensor) -> float | Tensor:
+    """Return what to scale matrices with, a number where there is but one, and no device to wait for."""
+    return t.item() if t.is_cpu and t.dim() == 0 else t

@@ -9,7 +9,7 @@ from curvature import Axes
 from curvature.outer import DiagonalPlus, outer
 from curvature.structures import STRUCTURES
 from optim import SINGD
-from optim.directions import Part, Product, TwoSided
+from optim.directions import Part, Product, Sides, TwoSided
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -47,7 +47,8 @@ def test_two_sided(C, K, joint):
     G = torch.randn(2, 5, 7)
     n = 6 if joint else 7
     expected = D_C @ G @ D_K
-    parts = [Part(S_C.at(k), S_K.at(k), G[k, :, :n], G[k, :, n:] if joint else None) for k in (0, 1)]
+    sides = [Sides(S_C.at(k), S_K.at(k), n) for k in (0, 1)]
+    parts = [Part(sides[k], G[k, :, :n], G[k, :, n:] if joint else None) for k in (0, 1)]
     if joint:
         torch.testing.assert_close(torch.stack([part.bias for part in parts]), expected[..., n:])
     found = TwoSided(parts, GROUPED)
@@ -66,7 +67,8 @@ def test_memory_that_is_laid_out_otherwise():
     torch.manual_seed(0)
     axes, b, a = Axes("o i k -> 1 o (i k)", (("k", 2),)), torch.randn(1, 3, 4), torch.randn(1, 3, 10)
     S, T = outer(STRUCTURES["rank-k-lower"].eye(4, k=1)), outer(STRUCTURES["rank-k-lower"].eye(10, k=1))
-    for found in (Product(b, a, 1.0, axes), TwoSided([Part(S, T, torch.randn(4, 10), None)], axes)):
+    part = Part(Sides(S, T, 10), torch.randn(4, 10), None)
+    for found in (Product(b, a, 1.0, axes), TwoSided([part], axes)):
         V = torch.randn(4, 5, 2)
         last = V.mT.contiguous().mT
         for W in (last, V.float()):

@@ -606,7 +606,7 @@ def test_large_toeplitz_factors_of_few_vectors(precondition):
     )
     given = FAST | {"precondition": precondition, "structure": "lower-toeplitz"}
     _, opt, _ = compare(SINGD, case, 3, sizes=[5], start=True, **given)
-    caches = [b.cache[1] for b in opt._buckets.of.values()]
+    caches = [b.cache["sides"] for b in opt._buckets.of.values()]
     assert sum(isinstance(side, Fourier) for sides in caches for side in sides) == 3
 
 
