@@ -13,8 +13,10 @@ from typing import Any
 # A plain step appears this often in a round; all ratios of the round refer to the median of them,
 # so that one disturbed plain step does not shift them all.
 PLAIN_PER_ROUND = 3
-# Steps up to this time are run twice before the first round.
-SHORT = 0.2
+# Shorter steps are preceded by one that is not timed: after another variant's step the caches and the
+# branch predictor are cold, and memory is laid out for that one, which is not what a training loop sees.
+# For longer ones it would double the time of a run.
+SHORT = 0.1
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Variant:
     def warm_up(self, sync: Callable[[], None]) -> None:
         """Run a step, so that lazy initialisation is over; a second one where that is cheap."""
         self.seconds = self.time(sync)
-        if self.seconds < SHORT:
+        if self.seconds < 2 * SHORT:
             self.seconds = self.time(sync)
         self.clear()
 
@@ -93,12 +95,8 @@ def interleave(
 
 
 def _visit(variant: Variant, sync: Callable[[], None]) -> float:
-    """Time a step after one that is not timed.
-
-    After another variant's step the caches and the branch predictor are cold, and memory is laid out for
-    that one, which is not what a training loop sees.
-    """
-    variant.time(sync)
+    if variant.seconds < SHORT:
+        variant.time(sync)
     seconds = variant.time(sync)
     variant.clear()
     return seconds

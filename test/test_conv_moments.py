@@ -12,7 +12,7 @@ from backpack_ext.conv_factors import choice, moments
 from backpack_ext.conv_factors.geometry import Dimension, Geometry
 from backpack_ext.conv_factors.moments import moment
 from backpack_ext.conv_factors.overlaps import Overlaps, overlaps, step_of, window
-from backpack_ext.conv_factors.spectra import spectral
+from backpack_ext.conv_factors.spectra import spectral, transforms
 from backpack_ext.rules import RULES
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -288,6 +288,15 @@ def test_plans_are_kept():
     d = Dimension(7, 7, 3, before=1)
     assert overlaps(d) is overlaps(Dimension(7, 7, 3, before=1))
     assert moments.plan((d, d)) is moments.plan((d, d))
+
+
+def test_transforms_are_made_for_what_uses_them():
+    """They are large; that spectra are thought of makes none."""
+    geometry = Geometry((Dimension(211, 211, 3, before=1),) * 2)
+    before = [cache.cache_info().currsize for cache in transforms.caches]
+    assert choice.seconds(2, 4, geometry, 3) < float("inf")
+    choice.best_level(2, 4, geometry)
+    assert [cache.cache_info().currsize for cache in transforms.caches] == before
 
 
 # -- in KFAC ---------------------------------------------------------------------------------------

@@ -154,15 +154,15 @@ def _of_cells(cells: Sequence[Cell], kept: Sequence[Dimension], half: float) -> 
 
 
 def _of_spectra(
-    n: int, once: int, c: int, kept: Sequence[Dimension], spectra: Spectral, machine: Machine
+    n: int, once: int, c: int, kept: tuple[Dimension, ...], spectra: Spectral, machine: Machine
 ) -> float:
     """Return the seconds of sums over n whole images, some at once, and over their borders."""
-    columns, (H, W), half = len(spectra.first) // 2, (d.size for d in kept), machine.half / 2
-    transforms = 2 * (n * c + FEW_ROWS) * columns * H * (W + 2 * spectra.rows)
+    frequencies, (H, W), half = spectra.frequencies, (d.size for d in kept), machine.half / 2
+    transforms = 2 * (n * c + FEW_ROWS) * frequencies * H * (W + 2 * spectra.rows)
     products = 3 * n * (1 + half / c) * (1 + half / once)
     products += 2 * n / once * SUMMING * len(spectra.distances)
-    work = TRANSFORMING * transforms + columns * spectra.rows * c * c * products
-    cells = [plan(tuple(kept)).cells[k] for k in spectra.borders]
+    work = TRANSFORMING * transforms + frequencies * spectra.rows * c * c * products
+    cells = [plan(kept).cells[k] for k in spectra.borders]
     border = n * c * sum(prod(map(sub, cell.hi, cell.lo)) for cell in cells)
     work += border * (c + machine.half)
     return work / machine.rate + 2 * machine.copy * border

@@ -43,7 +43,7 @@ from backpack_ext.conv_factors.choice import FEW, LARGE, NARROW, WORKSPACE, best
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.layout import layout
 from backpack_ext.conv_factors.overlaps import Cell, Plan, plan
-from backpack_ext.conv_factors.spectra import inner_sums, lagged, spectral
+from backpack_ext.conv_factors.spectra import Spectral, inner_sums, lagged, spectral
 from curvature.panels import symmetric_product
 
 
@@ -84,38 +84,38 @@ def moment(
     if not len(x) or (scheme is not None and not scheme.cells):
         size = x.shape[1] // geometry.groups * geometry.entries
         return x.new_zeros(geometry.groups, size, size, dtype=dtype)
+    spectra = None
     if level > len(dims):
-        return _spectral(x, geometry, scheme, dtype, workspace)
+        spectra = spectral(dims) if geometry.groups == 1 else None
+        if spectra is None:
+            raise ValueError(
+                "moment: spectra are for convolutions of two dimensions, stride 1 and one group, all of "
+                "whose input is used."
+            )
     total: list[Tensor] = []
     for part in x.split(data_at_once(len(x), x.shape[1], geometry, level, workspace)):
         part = geometry.padded(part.to(dtype))
         if scheme is None:
             found = [_whole(part, geometry)]
-        else:
+        elif spectra is None:
             found = _cells(layout(part, geometry, level), scheme)
+        else:
+            found = [lagged(part, dims), *_borders(part, [scheme.cells[n] for n in spectra.borders])]
         total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
-    return total[0] if scheme is None else _assembled(total, geometry, level, scheme)
+    if scheme is None:
+        return total[0]
+    if spectra is not None:
+        total = _with_cores(total, spectra)
+    return _assembled(total, geometry, level, scheme)
 
 
-def _spectral(x: Tensor, geometry: Geometry, scheme: Plan, dtype: torch.dtype, workspace: int) -> Tensor:
-    """Return the moment by spectra."""
-    spectra = spectral(geometry.dimensions) if geometry.groups == 1 else None
-    if spectra is None:
-        raise ValueError(
-            "moment: spectra are for convolutions of two dimensions, stride 1 and one group, all of "
-            "whose input is used."
-        )
-    total: list[Tensor] = []
-    level = len(geometry.dimensions)
-    for part in x.split(data_at_once(len(x), x.shape[1], geometry, level + 1, workspace)):
-        part = geometry.padded(part.to(dtype))
-        found = [lagged(part, spectra), *_borders(part, [scheme.cells[n] for n in spectra.borders])]
-        total = [t.add_(f) for t, f in zip(total, found, strict=True)] if total else found
-    whole, *edges = total
+def _with_cores(sums: list[Tensor], spectra: Spectral) -> list[Tensor]:
+    """Return the products of all cells, given sums over whole images and the cells at the borders."""
+    whole, *edges = sums
     inner = inner_sums(whole, [edge[0] for edge in edges], spectra)
     found = dict(zip(spectra.borders, edges, strict=True))
     found |= zip(spectra.cores, inner.unsqueeze(1), strict=True)
-    return _assembled([found[n] for n in range(len(found))], geometry, level, scheme)
+    return [found[n] for n in range(len(found))]
 
 
 def _borders(x: Tensor, cells: Sequence[Cell]) -> list[Tensor]:

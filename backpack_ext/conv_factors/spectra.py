@@ -29,35 +29,33 @@ NOISE = 16
 
 @dataclass(eq=False)
 class Spectral:
-    """What the moment of a two-dimensional convolution needs beside its `Plan`, all in float64.
+    """What the moment of a two-dimensional convolution by spectra consists of, beside its `Plan`.
 
     Args:
-        rows, columns: Lengths of the transforms.
-        first: Of the second dimension, ``[2 f, W]``: all cosines, then all sines.
-        second: Of the first dimension, complex, ``[(f 2), (H 2)]``.
-        cosines: Of distances, ``[f (second dimension), distance, f (first one)]``, over L.
-        sines: The same.
+        rows: Length of the transform along the first dimension.
+        columns: Length of the one along the second dimension.
         distances: All distances.
         cores: Per distance the largest cell, which follows from the others.
-        others: Which cells these are, ``[distance, cells]`` of ones and zeros.
         borders: The cells that are no core.
+        members: Which of these each distance has, ``[distance, borders]`` of ones and zeros.
     """
 
     rows: int
     columns: int
-    first: Tensor
-    second: Tensor
-    cosines: Tensor
-    sines: Tensor
     distances: tuple[tuple[int, ...], ...]
     cores: tuple[int, ...]
-    others: Tensor
     borders: tuple[int, ...]
+    members: Tensor
+
+    @property
+    def frequencies(self) -> int:
+        """Number of frequencies of the second dimension; the others are their conjugates."""
+        return self.columns // 2 + 1
 
 
 @kept
 def spectral(dimensions: tuple[Dimension, ...]) -> Spectral | None:
-    """Return what `lagged` needs; None unless both of two dimensions have one phase, all of it used."""
+    """Return the scheme; None unless both of two dimensions have one phase, all of it used."""
     if len(dimensions) != 2 or any(overlaps(d).step != 1 for d in dimensions):
         return None
     scheme, sizes = plan(dimensions), [d.size for d in dimensions]
@@ -71,28 +69,41 @@ def spectral(dimensions: tuple[Dimension, ...]) -> Spectral | None:
             return None
     if not by_distance:
         return None
-    distances = tuple(by_distance)
     cores = tuple(max(cells, key=area.__getitem__) for cells in by_distance.values())
-    others = torch.zeros(len(cores), len(scheme.cells), dtype=torch.float64)
-    for row, core, cells in zip(others, cores, by_distance.values(), strict=True):
-        row[cells] = 1
-        row[core] = 0
-    H, W = (d.size + overlaps(d).reach for d in dimensions)
-    first = torch.view_as_real(_waves(W // 2 + 1, sizes[1], W)).movedim(-1, 0).flatten(0, 1)
-    waves = _waves(H, sizes[0], H)
+    borders = tuple(n for n in range(len(scheme.cells)) if n not in cores)
+    shifts = [scheme.cells[n].shift for n in borders]
+    members = torch.tensor([[shift == distance for shift in shifts] for distance in by_distance])
+    rows, columns = (d.size + overlaps(d).reach for d in dimensions)
+    return Spectral(rows, columns, tuple(by_distance), cores, borders, members)
+
+
+@kept
+def transforms(dimensions: tuple[Dimension, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the matrices of `lagged` in float64.
+
+    They are larger than schemes, and made for geometries only whose moments are taken in this way.
+
+    Returns:
+        The transform along the second dimension, ``[2 f, W]`` with all cosines, then all sines; the
+        complex one along the first dimension, ``[(f 2), (H 2)]``; cosines and sines of the distances,
+        ``[f (second dimension), distance, f (first one)]``, with the weights of the sum.
+    """
+    scheme, (height, width) = spectral(dimensions), (d.size for d in dimensions)
+    H, W, count = scheme.rows, scheme.columns, scheme.frequencies
+    first = torch.view_as_real(_waves(count, width, W)).movedim(-1, 0).flatten(0, 1)
+    waves = _waves(H, height, H)
     parts = [torch.stack(row, -1) for row in ((waves.real, -waves.imag), (waves.imag, waves.real))]
     second = torch.stack(parts, 1).flatten(2).flatten(0, 1)
-    down, right = torch.tensor(distances, dtype=torch.float64).unbind(1)
-    turns = torch.arange(W // 2 + 1)[:, None, None] * right[:, None] / W
+    down, right = torch.tensor(scheme.distances, dtype=torch.float64).unbind(1)
+    turns = torch.arange(count)[:, None, None] * right[:, None] / W
     phases = turns + torch.arange(H) * down[:, None] / H
-    counts = torch.full((W // 2 + 1, 1, 1), 2.0, dtype=torch.float64)  # f and -f
+    counts = torch.full((count, 1, 1), 2.0, dtype=torch.float64)  # f and -f
     counts[0] = 1
     if W % 2 == 0:
         counts[-1] = 1
     weights = counts / (H * W)
     cosines, sines = (weights * wave(2 * pi * phases) for wave in (torch.cos, torch.sin))
-    borders = tuple(n for n in range(len(scheme.cells)) if n not in cores)
-    return Spectral(H, W, first, second, cosines, sines, distances, cores, others, borders)
+    return first, second, cosines, sines
 
 
 def _waves(frequencies: int, size: int, length: int) -> Tensor:
@@ -101,16 +112,14 @@ def _waves(frequencies: int, size: int, length: int) -> Tensor:
     return torch.polar(torch.ones(()).double(), -2 * pi / length * turns.double())
 
 
-def lagged(x: Tensor, scheme: Spectral) -> Tensor:
+def lagged(x: Tensor, dimensions: tuple[Dimension, ...]) -> Tensor:
     """Return the sums ``[distance, c, c']`` over all pairs of pixels of images ``[n, c, H, W]``."""
-    n, c, size, _ = x.shape
-    first, second, cosines, sines = (
-        t.to(x) for t in (scheme.first, scheme.second, scheme.cosines, scheme.sines)
-    )
-    frequencies, L = len(first) // 2, scheme.rows
+    scheme, (n, c, size, _) = spectral(dimensions), x.shape
+    first, second, cosines, sines = (t.to(x) for t in transforms(dimensions))
+    frequencies = scheme.frequencies
     y = torch.bmm(first.expand(size, -1, -1), x.flatten(0, 1).permute(1, 2, 0))  # [H, (2 f), (n c)]
     y = y.view(2 * size, frequencies, n * c).transpose(0, 1)
-    at_once = max(1, AT_ONCE // (L * c * c))
+    at_once = max(1, AT_ONCE // (scheme.rows * c * c))
     even = x.new_zeros(len(scheme.distances), c * c)
     odd = torch.zeros_like(even)
     for a in range(0, frequencies, at_once):
@@ -131,12 +140,12 @@ def inner_sums(whole: Tensor, edges: list[Tensor], scheme: Spectral) -> Tensor:
 
     Args:
         whole: What `lagged` returns.
-        edges: The sums of the other cells, ``[c, c']``, as `Spectral.borders` lists them.
+        edges: The sums of the other cells, ``[c, c']``, in the order of `Spectral.borders`.
         scheme: The scheme.
     """
     if not edges:
         return whole
-    border = scheme.others[:, list(scheme.borders)].to(whole) @ torch.stack(edges).flatten(1)
+    border = scheme.members.to(whole) @ torch.stack(edges).flatten(1)
     inner = whole - border.view_as(whole)
     square = scheme.distances.index((0, 0))
     noise = NOISE * torch.finfo(whole.dtype).eps * whole[square].diagonal()
