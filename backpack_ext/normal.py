@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from curvature.panels import symmetric_product
 CHUNK = 2**24
 # Entries of per-sample vectors that are formed at once to be summed over: few enough to stay in a
 # processor's cache. Large layers (512 channels, 3x3, 4x4 pixels) are two and a half times faster so.
-PIECE = 2**19
+PIECE = 2**20
 # Per-sample vectors of at least SINGLE entries are squared and added up one by one, in one pass, BUFFER
 # entries at a time: that takes half of the time of pieces for 512 channels, 3x3.
 SINGLE, BUFFER = 2**17, 2**21
@@ -240,15 +241,23 @@ def square_sum(a: Tensor | OneHot, b: Tensor) -> Tensor:
 
 
 def _add_squares(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add ``G[v,n,g,o,i]**2`` to ``total[g,o,i]``, one v and n at a time in the same memory."""
-    (g, v, n, _, o), i = b.shape, a.shape[-1]
-    rows = max(1, min(o, BUFFER // i))
+    """Add ``G[v,n,g,o,i]**2`` to ``total[g,o,i]``, one v and n at a time in the same memory.
+
+    A batched product of as many parts of the rows as there are threads leaves each part with the thread
+    that squares it afterwards. One product's results would move between the cores' caches: 1.1 times as
+    long where the cores share a cache, 1.7 to 2.6 times where they do not.
+    """
+    (g, v, n, s, o), i = b.shape, a.shape[-1]
+    rows = max(1, ceil(o / ceil(o * i / BUFFER)))
+    threads = torch.get_num_threads()
     piece = total.new_empty(rows, i)
     for k, j in product(range(g), range(0, o, rows)):
         part = total[k, j : j + rows]
-        G = piece[: len(part)]
+        parts = threads if len(part) % threads == 0 else 1
+        G, part = (t.unflatten(0, (parts, -1)) for t in (piece[: len(part)], part))
         for u, datum in product(range(v), range(n)):
-            torch.mm(b[k, u, datum, :, j : j + rows].mT, a[k, datum], out=G)
+            left = b[k, u, datum, :, j : j + rows].mT.unflatten(0, (parts, -1))
+            torch.bmm(left, a[k, datum].expand(parts, s, i), out=G)
             part.addcmul_(G, G)
 
 
