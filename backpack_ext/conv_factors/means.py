@@ -6,9 +6,10 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from backpack_ext.conv_factors.axis import Core, axes_of
-from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, Plan, cheapest
+from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, Costs, Plan, cheapest
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.kept import kept
 from curvature.precision import without_autocast
@@ -58,7 +59,7 @@ def patch_means(x: Tensor, geometry: Geometry, plan: Plan | None = None) -> Tens
         )
     last = x.stride(1) == 1 and x.shape[1] >= WIDE_CHANNELS and not x.is_contiguous()
     if plan is None:
-        costs = CPU if x.device.type == "cpu" else ACCELERATOR
+        costs = _costs(x.device)
         plan = cheapest(geometry, x.shape[0] * x.shape[1], costs, last)
     if any(axis.step > 1 for axis in axes):
         x = x[(..., *(axis.entries for axis in axes))]
@@ -78,17 +79,23 @@ def _means(x: Tensor, geometry: Geometry, plan: Plan, last: bool) -> Tensor:
     if plan.joined and len(weights[0]) == 1:  # one sum over all dimensions
         for d, core in enumerate(cores):
             x = x if core is None else x.narrow(2 + d, core.low, core.high - core.low)
-        return x.sum(tuple(range(2, x.dim()))).unsqueeze(2) * weights[0][0]
+        return x.sum(tuple(range(2, x.dim()))).unsqueeze(2) * weights[0][0, : geometry.entries]
     for d, core in enumerate(cores):
         if core is not None:
             x = _summed(x, 2 + d, core)
     if plan.joined:
         if last and x.stride(1) == 1:  # [R, K, C], whose rows need no copy
-            return (weights[0].mT @ x.movedim(1, -1).flatten(1, -2)).mT
-        return x.flatten(2) @ weights[0]
+            W = weights[0][:, : geometry.entries]
+            return (W.mT @ x.movedim(1, -1).flatten(1, -2)).mT
+        return (x.flatten(2) @ weights[0])[..., : geometry.entries]
     for d in reversed(range(len(axes))):  # the last one first: its rows are contiguous
-        x = (x.movedim(2 + d, -1) @ weights[d]).movedim(-1, 2 + d)
+        products = (x.movedim(2 + d, -1) @ weights[d])[..., : axes[d].weights.shape[1]]
+        x = products.movedim(-1, 2 + d)
     return x.flatten(2)
+
+
+def _costs(device: torch.device) -> Costs:
+    return CPU if device.type == "cpu" else ACCELERATOR
 
 
 def _summed(x: Tensor, dim: int, core: Core) -> Tensor:
@@ -109,9 +116,13 @@ def _summed(x: Tensor, dim: int, core: Core) -> Tensor:
 def _weights(
     geometry: Geometry, plan: Plan, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return the weights of what is left of each dimension, ``[J, K]``; their product if joined."""
+    """Return the weights of what is left of each dimension, ``[J, K]``; their product if joined.
+
+    Zeros fill them up to as many columns as a product is to have, see `Costs.columns`.
+    """
     pairs = zip(axes_of(geometry), plan.periods, strict=True)
     found = [axis.core(p).weights if p else axis.weights for axis, p in pairs]
     if plan.joined:
         found = [reduce(torch.kron, found)]
-    return tuple(W.to(device, dtype) for W in found)
+    columns = _costs(device).columns
+    return tuple(pad(W, (0, columns(W.shape[1]) - W.shape[1])).to(device, dtype) for W in found)
