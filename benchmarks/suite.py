@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import backpack_ext as our
 from benchmarks import peers
+from benchmarks.cores import crossing
 from benchmarks.floor import operands, shapes_of, total_flops
 from benchmarks.goals import goal_of, near_floor, over_floor
 from benchmarks.memory import peak_memory
@@ -60,7 +61,8 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
 
     Returns:
         A dictionary for JSON: times are quartiles ``[lower, median, upper]`` of ratios to the plain
-        step of the same round, memory is the ratio of peaks. ``"sweep"`` is what `_sweep` takes.
+        step of the same round, memory is the ratio of peaks. ``"sweep"`` is what `_sweep` takes,
+        ``"crossing"`` what `crossing` says before and after.
     """
     rows = _chosen(problem, rows)
     build = _steps if settings.peers else _our_steps
@@ -70,6 +72,7 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
     for variant in variants.values():
         variant.warm_up(settings.sync)
     peaks = {key: _peak(variant, settings) for key, variant in steps.items()}
+    before = crossing(settings.device)
     times = interleave(variants, PLAIN, settings.sync, settings.seconds, settings.rounds)
     sweep = [t / plain for t, plain in zip(times[SWEEP], times[PLAIN], strict=True)]
     return {
@@ -82,6 +85,7 @@ def measure(problem: Problem, rows: Sequence[Row], settings: Settings) -> dict:
         "plain_ms": _rounded([1e3 * t for t in summary(times[PLAIN])]),
         "plain_mib": _digits(peaks[PLAIN] / 2**20),
         "sweep": _rounded(summary(sweep)),
+        "crossing": [before, crossing(settings.device)],
         "rows": [_row(row, products[row.name], times, peaks, problem.name) for row in rows],
     }
 

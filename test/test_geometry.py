@@ -549,10 +549,14 @@ def test_chunks_of_outputs(name: str, outputs_at_once: int, monkeypatch: pytest.
     assert len(formed) == 2 * n * -(-o // outputs_at_once)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("outputs_at_once", [1, 2, 100])
 @pytest.mark.parametrize("name", ["long", "long, groups"])
-def test_squares_one_by_one(name: str, outputs_at_once: int, monkeypatch: pytest.MonkeyPatch):
+def test_squares_one_by_one(
+    name: str, outputs_at_once: int, threads: int, monkeypatch: pytest.MonkeyPatch
+):
     """Large per-sample vectors are squared and added up without being formed for several data."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     g, v, n, s, i, o = SIZES[name]
     torch.manual_seed(0)
     a, b = torch.randn(g, n, s, i).double(), torch.randn(g, v, n, s, o).double()
