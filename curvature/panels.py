@@ -87,14 +87,17 @@ def halves(S: Tensor, out: Tensor, scale: float = 1.0) -> None:
     r"""Write :math:`\text{scale} \; S S^T` for ``S[n, r]``, n > 16, into ``out[n, n]``."""
     n = len(S)
     m = (n // 2 + 15) // 16 * 16  # whole vector registers
-    one, two = S[:m], S[m:]
-    for rows, block in ((one, out[:m, :m]), (two, out[m:, m:])):
-        if len(rows) > LEAF:
-            halves(rows, block, scale)
-        else:
-            torch.addmm(block, rows, rows.mT, beta=0, alpha=scale, out=block)
-    upper, lower = out[:m, m:], out[m:, :m]
-    torch.addmm(upper, one, two.mT, beta=0, alpha=scale, out=upper)
+    one, two, upper, lower = S[:m], S[m:], out[:m, m:], out[m:, :m]
+    if m > LEAF:
+        halves(one, out[:m, :m], scale)
+        torch.addmm(upper, one, two.mT, beta=0, alpha=scale, out=upper)
+    else:  # a wide product is faster than two
+        torch.addmm(out[:m], one, S.mT, beta=0, alpha=scale, out=out[:m])
+    block = out[m:, m:]
+    if n - m > LEAF:
+        halves(two, block, scale)
+    else:
+        torch.addmm(block, two, two.mT, beta=0, alpha=scale, out=block)
     if out.stride(0) * out.element_size() % CONFLICTS:
         lower.copy_(upper.mT)
     else:
