@@ -563,6 +563,7 @@ def test_squares_one_by_one(
     expected = per_sample(a, b).square().sum((0, 1))
     monkeypatch.setattr(normal, "per_sample", None)
     monkeypatch.setattr(normal, "SINGLE", o * i)
+    monkeypatch.setattr(normal, "SHARE", 1)
     monkeypatch.setattr(normal, "BUFFER", outputs_at_once * i)
     close(normal.square_sum(a, b), expected)
     turned = a.mT.contiguous().mT, b.mT.contiguous().mT  # as a convolution's
