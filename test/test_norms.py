@@ -298,6 +298,34 @@ class Doubled(nn.BatchNorm2d):
         return 2 * super().forward(x) - self.bias[:, None, None]
 
 
+class DataBehind(nn.Module):
+    """A batch norm whose data are on the last axis, behind as many positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, C), trained(nn.BatchNorm1d(C)), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, N, 3]
+        x = self.norm(self.a(x).transpose(1, 2).contiguous())
+        x = torch.full((C, C), 0.5, dtype=x.dtype) @ x.tanh()  # its gradient is contiguous
+        return self.b(x.transpose(1, 2).cumsum(0).tanh().mean(0))
+
+
+def test_batch_norms_with_data_on_another_axis():
+    torch.manual_seed(0)
+    model, loss_fn, x, y = DataBehind(), nn.CrossEntropyLoss(), torch.randn(N, N, 3), torch.arange(N) % 3
+    model, x = model.double(), x.double()
+    norm, single = model.norm, []
+    for n in range(N):
+        grads = torch.autograd.grad(loss_fn(model(x[:, n : n + 1]), y[n : n + 1]), norm.parameters())
+        single.append([g / N for g in grads])
+    extend(model, batch_axis=1), extend(loss_fn)
+    with backpack(BatchGrad()):
+        loss_fn(model(x), y).backward()
+    for p, expected in zip(norm.parameters(), zip(*single, strict=True), strict=True):
+        close(p.grad_batch, torch.stack(expected))
+
+
 class DoubledRule(BatchNormRule):
     def normalized(self, site, x):
         return 2 * super().normalized(site, x)
