@@ -246,8 +246,9 @@ class Unit:
     def _elementwise_sums(self) -> tuple[Tensor, Tensor] | tuple[()]:
         """Return ``sum_s b a`` and ``sum_s b`` if the rule knows them without `a`, else nothing."""
         if self._sums is None:
-            alone = len(self.sites) == 1 and "weight" in self.parameters and self._a is None
-            self._sums = (alone and self.rule.sums(self.sites[0], self.cotangents[0])) or ()
+            site, alone = self.sites[0], len(self.sites) == 1 and self._a is None
+            known = alone and "weight" in self.parameters
+            self._sums = (known and _rule(site, self.rule).sums(site, self.cotangents[0])) or ()
         return self._sums
 
     def placed(self, role: str, m: Tensor) -> Tensor:
