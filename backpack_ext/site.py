@@ -252,6 +252,12 @@ class Site:
         if self._saved is not None:
             self.x = None
 
+    def leads_with_data(self, x: Tensor) -> bool:
+        """Whether the input's first axis is the data, each of them once, all positions behind it."""
+        if self.broadcast or self.sharing is not None or self.batch_axis:
+            return False
+        return len(x) == self.batch
+
     def rows(self, t: Tensor, features: int) -> Tensor:
         """Bring an input to ``[N, S, *features]``: data first, all shared positions second.
 

@@ -123,6 +123,11 @@ ACCELERATOR = Costs(
 )
 
 
+def costs_of(kind: str) -> Costs:
+    """Return the costs on a kind of device, as `torch.device.type` names it."""
+    return CPU if kind == "cpu" else ACCELERATOR
+
+
 def cost(plan: Plan, geometry: Geometry, rows: int, costs: Costs = CPU, last: bool = False) -> float:
     """Return the nanoseconds of a plan.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from backpack_ext.conv_factors.axis import Core, axes_of
-from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, Costs, Plan, cheapest
+from backpack_ext.conv_factors.cost import WIDE_CHANNELS, Plan, cheapest, costs_of
 from backpack_ext.conv_factors.geometry import Geometry
 from backpack_ext.conv_factors.kept import kept
 from curvature.precision import without_autocast
@@ -59,8 +59,7 @@ def patch_means(x: Tensor, geometry: Geometry, plan: Plan | None = None) -> Tens
         )
     last = x.stride(1) == 1 and x.shape[1] >= WIDE_CHANNELS and not x.is_contiguous()
     if plan is None:
-        costs = _costs(x.device)
-        plan = cheapest(geometry, x.shape[0] * x.shape[1], costs, last)
+        plan = cheapest(geometry, x.shape[0] * x.shape[1], costs_of(x.device.type), last)
     if any(axis.step > 1 for axis in axes):
         x = x[(..., *(axis.entries for axis in axes))]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -94,10 +93,6 @@ def _means(x: Tensor, geometry: Geometry, plan: Plan, last: bool) -> Tensor:
     return x.flatten(2)
 
 
-def _costs(device: torch.device) -> Costs:
-    return CPU if device.type == "cpu" else ACCELERATOR
-
-
 def _summed(x: Tensor, dim: int, core: Core) -> Tensor:
     """Return the rows before the core, the sum of its periods, and the rows behind."""
     middle = x.narrow(dim, core.low, core.high - core.low)
@@ -124,5 +119,5 @@ def _weights(
     found = [axis.core(p).weights if p else axis.weights for axis, p in pairs]
     if plan.joined:
         found = [reduce(torch.kron, found)]
-    columns = _costs(device).columns
+    columns = costs_of(device.type).columns
     return tuple(pad(W, (0, columns(W.shape[1]) - W.shape[1])).to(device, dtype) for W in found)

@@ -110,9 +110,7 @@ class _SpatialRule(Rule):
     def inputs_of(self, site: Site, data: slice) -> Tensor | None:
         """Return the patches of some of the data, where each datum is one image."""
         x = self._check(site)
-        if site.broadcast or site.sharing is not None or site.batch_axis or len(x) != site.batch:
-            return None
-        if not self._has_patches():
+        if not site.leads_with_data(x) or not self._has_patches():
             return None
         u = self._patches(site, x[data]).chunk(site.module.groups, dim=2)
         return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])

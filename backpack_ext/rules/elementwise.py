@@ -181,9 +181,9 @@ class BatchNormRule(_StatisticsRule):
         mean, var = self._statistics(site, x)
         fits = x.dtype == g.dtype and x.dtype in (torch.float32, torch.float64)
         fits = fits and x.device.type == "cpu" and x.is_contiguous() and g.is_contiguous()
-        alone = not site.broadcast and site.sharing is None and site.batch_axis == 0
-        alone = alone and len(x) == site.batch
-        if mean is None or not fits or not alone or x.dim() < 3 or g.shape[1:] != x.shape:
+        if mean is None or not fits or not site.leads_with_data(x):
+            return None
+        if x.dim() < 3 or g.shape[1:] != x.shape:
             return None
         n, c = x.shape[:2]
         mean, var = mean.repeat(n), var.repeat(n)

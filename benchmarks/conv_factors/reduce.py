@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from backpack_ext.conv_factors import Geometry, patch_means
-from backpack_ext.conv_factors.cost import ACCELERATOR, CPU, WIDE_CHANNELS, cheapest, plans_of
+from backpack_ext.conv_factors.cost import WIDE_CHANNELS, cheapest, costs_of, plans_of
 from backpack_ext.conv_factors.unfold import patches
 from benchmarks.conv_factors.cases import Case, conv, transposed
 from benchmarks.conv_factors.measuring import BASELINE, drawn, timed
@@ -52,6 +53,6 @@ def run(case: Case, batch: int, *limits, device: str = "cpu", channels_last: boo
     """Time all methods on a case; see `measuring.drawn` and `measuring.timed`."""
     x, geometry = drawn(case, batch, device, channels_last)
     last = channels_last and case.channels >= WIDE_CHANNELS
-    costs = CPU if device == "cpu" else ACCELERATOR
+    costs = costs_of(torch.device(device).type)
     chosen = str(cheapest(geometry, batch * case.channels, costs, last))
     return timed(case, x, methods_of(geometry), chosen, *limits)
