@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -38,6 +39,14 @@ class Axes:
             return t.unsqueeze(-2).unsqueeze(-1)
         left, right = self.pattern.split("->")
         return self._rearrange(t, left, right, len(_axes(left)))
+
+    def matrices(self, t: Tensor) -> Sequence[Tensor]:
+        """Return the matrices ``[o, i]`` of a parameter-shaped tensor, group by group."""
+        if self.pattern == MATRIX.pattern:
+            return (t,)
+        if self.pattern == BIAS.pattern:
+            return (t.unsqueeze(-1),)
+        return self.to_matrix(t).unbind()
 
     def to_parameter(self, m: Tensor) -> Tensor:
         """Bring ``[..., g, o, i]`` back to the parameter's shape, the inverse of `to_matrix`."""

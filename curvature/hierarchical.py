@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from curvature.mirrored import EntrywiseMatrix, MirroredMatrix
+from curvature.mirrored import MirroredMatrix
 from curvature.structured import accumulator, add_product_, at_least, scaled_product, square_sum
 
 
-class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
+class _Hierarchical(MirroredMatrix):
     r"""The matrix :math:`H = [[A, B_1, B_2], [0, \operatorname{diag}(\delta), 0], [0, D, E]]`.
 
-    A is ``k1 x k1``, E is ``k2 x k2``. The tensors are the dense rows
-    :math:`T = [A, B_1, B_2]`, ``[k1, d]``, and :math:`U = [D, E]`, ``[k2, d - k1]``, and
-    :math:`\delta`, ``[d - k1 - k2]``.
+    A is ``k1 x k1``, E is ``k2 x k2``. There is one tensor P, ``[k1 + k2 + 1, d]``: the dense rows
+    :math:`W = [[A, B_1, B_2], [0, D, E]]` and :math:`(0, \delta, 0)`. What stands for no entry is zero,
+    always: products rely on it, and arithmetic takes one operation for all.
     """
 
     @staticmethod
@@ -28,8 +29,18 @@ class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
 
     @classmethod
     def _shapes(cls, dim: int, **options: int) -> tuple[tuple[int, ...], ...]:
-        k1, k2 = cls._sizes(**options)
-        return ((k1, dim), (k2, dim - k1), (dim - k1 - k2,))
+        return ((sum(cls._sizes(**options)) + 1, dim),)
+
+    def _check_tensors(self) -> None:
+        super()._check_tensors()
+        (P,), (a, b) = self.tensors, self._cuts
+        beside = P[..., a:-1, :a], P[..., -1, :a], P[..., -1, b:]
+        if not P.is_meta and any(t.any() for t in beside):
+            raise ValueError(
+                f"{type(self).__name__} of dimension {self.dim}, {self.options}: expected zeros left of "
+                "the last dense rows, and at both ends of the diagonal; from_dense makes matrices of "
+                "dense ones."
+            )
 
     @property
     def _cuts(self) -> tuple[int, int]:
@@ -37,91 +48,135 @@ class _Hierarchical(MirroredMatrix, EntrywiseMatrix):
         k1, k2 = self._sizes(**self.options)
         return k1, self.dim - k2
 
-    def _diagonal(self) -> tuple[Tensor, ...]:
-        T, U, delta = self.tensors
-        E = U[..., delta.shape[-1] :]
-        return T.diagonal(dim1=-2, dim2=-1), E.diagonal(dim1=-2, dim2=-1), delta
+    @property
+    def dense_rows(self) -> Tensor:
+        """The first and last rows of H, ``[*batch, k1 + k2, d]``; a view."""
+        P = self.tensors[0]
+        return P.narrow(-2, 0, P.shape[-2] - 1)
+
+    @property
+    def middle(self) -> Tensor:
+        r"""The row :math:`(0, \delta, 0)`, ``[*batch, 1, d]``; a view."""
+        P = self.tensors[0]
+        return P.narrow(-2, P.shape[-2] - 1, 1)
+
+    @property
+    def _at(self) -> _Places:
+        return _places(self.dim, self._cuts, self.dtype, self.device)
+
+    def _trace(self) -> Tensor:
+        diagonal = self.tensors[0].flatten(-2).index_select(-1, self._at.diagonal)
+        return diagonal.sum(-1, dtype=accumulator(self.dtype))
+
+    def _square_norm(self) -> Tensor:
+        return square_sum(self.tensors[0], (-2, -1))
+
+    def _add_identity(self, alpha: float) -> None:
+        self.tensors[0].add_(self._at.identity, alpha=alpha)
 
     def _held(self) -> Tensor:
-        T, U, delta = self.tensors
-        a, b = self._cuts
-        out = T.new_zeros(self.shape)
-        out[..., :a, :], out[..., b:, a:] = T, U
-        out.diagonal(dim1=-2, dim2=-1)[..., a:b] = delta
+        W, (a, b) = self.dense_rows, self._cuts
+        out = W.new_zeros(self.shape)
+        out[..., :a, :], out[..., b:, :] = W[..., :a, :], W[..., a:, :]
+        out.diagonal(dim1=-2, dim2=-1)[..., a:b] = self.tensors[0][..., -1, a:b]
         return out
 
     @classmethod
     def _hold(cls, M: Tensor, **options: int) -> Sequence[Tensor]:
-        k1, k2 = cls._sizes(**options)
-        b = M.shape[-1] - k2
-        parts = M[..., :k1, :], M[..., b:, k1:], M.diagonal(dim1=-2, dim2=-1)[..., k1:b]
-        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        a, k2 = cls._sizes(**options)
+        d, b = M.shape[-1], M.shape[-1] - k2
+        P = M.new_zeros(*M.shape[:-2], a + k2 + 1, d)
+        P[..., :a, :], P[..., a:-1, a:] = M[..., :a, :], M[..., b:, a:]
+        P[..., -1, a:b] = M.diagonal(dim1=-2, dim2=-1)[..., a:b]
+        return [P]
 
     def _held_matmul(self, X: Tensor, transpose: bool) -> Tensor:
-        T, U, delta = self.tensors
-        a, b = self._cuts
         # one pass with zeros beside the diagonal also makes room for the other rows
-        Y = pad(delta, (a, self.dim - b)).unsqueeze(-1) * X
+        Y, W, (a, b) = self.middle.mT * X, self.dense_rows, self._cuts
         if transpose:
-            add_product_(Y, T.mT, X[..., :a, :])
-            if b < self.dim:
-                add_product_(Y[..., a:, :], U.mT, X[..., b:, :])
-        else:
-            Y[..., :a, :] = T @ X
-            if b < self.dim:
-                Y[..., b:, :] = U @ X[..., a:, :]
+            return add_product_(Y, W.mT, _ends(X, -2, a, b))
+        dense = W @ X
+        Y[..., :a, :] = dense.narrow(-2, 0, a)
+        if b < self.dim:
+            Y[..., b:, :] = dense.narrow(-2, a, self.dim - b)
         return Y
 
     def _held_compose(self, other: _Hierarchical) -> _Hierarchical:
-        (T, U, delta), (R, V, eps) = self.tensors, other.tensors
-        a, b = self._cuts
-        m = b - a
-        scales = eps.unsqueeze(-2)
-        top = T[..., :a] @ R
-        top[..., a:b].addcmul_(T[..., a:b], scales)
-        add_product_(top[..., a:], T[..., b:], V)
-        bottom = U[..., m:] @ V
-        bottom[..., :m].addcmul_(U[..., :m], scales)
-        return self.like((top, bottom, delta * eps))
+        W, V = self.dense_rows, other.dense_rows
+        P = self.tensors[0] * other.middle
+        add_product_(P.narrow(-2, 0, P.shape[-2] - 1), _ends(W, -1, *self._cuts), V)
+        return self.like((P,))
 
     @classmethod
     def _project_gram(cls, S: Tensor, scale: float, **options: int) -> _Hierarchical:
         d = S.shape[-2]
         k1, k2 = cls._sizes(**options)
-        T = scaled_product(S[..., :k1, :], S.mT, scale)
-        U = scaled_product(S[..., d - k2 :, :], S[..., k1:, :].mT, scale)
-        delta = square_sum(S[..., k1 : d - k2, :], -1).mul_(scale).to(S.dtype)
-        return cls._of((T, U, delta), d, options)._double_unpaired()
+        rows = scaled_product(_ends(S, -2, k1, d - k2), S.mT, scale)
+        squares = square_sum(S, -1).mul_(scale).to(S.dtype)
+        return cls._of((torch.cat([rows, squares.unsqueeze(-2)], -2),), d, options)._double_unpaired()
 
     def _held_gram(self, outer: bool) -> _Hierarchical:
-        T, U, delta = self.tensors
-        a, m = self._cuts[0], delta.shape[-1]
-        A, B1, B2 = T[..., :a], T[..., a : a + m], T[..., a + m :]
-        D, E = U[..., :m], U[..., m:]
+        """The same, with anything where there is no entry, which `_double_unpaired` clears."""
+        (P,), W, (a, b) = self.tensors, self.dense_rows, self._cuts
         if outer:  # rows of H with rows of H
-            top = torch.cat([T @ T.mT, B1 * delta.unsqueeze(-2), T[..., a:] @ U.mT], -1)
-            bottom = torch.cat([D * delta.unsqueeze(-2), U @ U.mT], -1)
-            return self.like((top, bottom, delta.square()))
-        # columns with columns: those of A meet T only, those of B2 and E meet T and U
-        wide = torch.cat([B1, D, delta.unsqueeze(-2)], -2).to(accumulator(delta.dtype))
-        middle = wide.square().sum(-2).to(delta.dtype)
-        bottom = B2.mT @ T[..., a:]
-        add_product_(bottom, E.mT, U)
-        return self.like((A.mT @ T, bottom, middle))
+            out, ends = P * self.middle, W @ W.mT
+            rows = out.narrow(-2, 0, W.shape[-2])
+            rows[..., :a], rows[..., b:] = ends[..., :a], ends[..., a:]
+            return self.like((out,))
+        # columns with columns: those at the ends meet dense rows only
+        squares = P.to(accumulator(P.dtype)).square().sum(-2, keepdim=True).to(P.dtype)
+        return self.like((torch.cat([_ends(W, -1, a, b).mT @ W, squares], -2),))
 
     def _double_unpaired(self) -> _Hierarchical:
-        T, U, delta = self.tensors
-        T[..., self._cuts[0] :].mul_(2)
-        U[..., : delta.shape[-1]].mul_(2)
+        """The same, and clear what stands for no entry."""
+        self.tensors[0].mul_(self._at.counts)
         return self
+
+
+def _ends(X: Tensor, axis: int, a: int, b: int) -> Tensor:
+    """Return the first a entries of an axis, and those from b on."""
+    d = X.shape[axis]
+    first = X.narrow(axis, 0, a)
+    return torch.cat([first, X.narrow(axis, b, d - b)], axis) if b < d else first
+
+
+class _Places(NamedTuple):
+    """What a tensor of `_Hierarchical` holds where.
+
+    Attributes:
+        diagonal: Where the entries on the diagonal are in the flat tensor, ``[d]``.
+        identity: The tensor of the identity.
+        counts: How many entries of a symmetric matrix a number stands for: none, itself, or two.
+    """
+
+    diagonal: Tensor
+    identity: Tensor
+    counts: Tensor
+
+
+@lru_cache(maxsize=64)
+def _places(dim: int, cuts: tuple[int, int], dtype: torch.dtype, device: torch.device) -> _Places:
+    a, b = cuts
+    k = a + dim - b
+    with torch.inference_mode(False), torch.no_grad():
+        columns = torch.arange(dim, device=device)
+        rows = columns.clamp(max=k)
+        rows[a:b], rows[b:] = k, columns[b:] - (b - a)
+        diagonal = rows * dim + columns
+        identity = torch.zeros((k + 1) * dim, dtype=dtype, device=device)
+        identity[diagonal] = 1
+        counts = torch.zeros(k + 1, dim, dtype=dtype, device=device)
+        counts[:a, :a], counts[:a, a:] = 1, 2
+        counts[a:-1, a:b], counts[a:-1, b:] = 2, 1
+        counts[-1, a:b] = 1
+        return _Places(diagonal, identity.view(k + 1, dim), counts)
 
 
 class Hierarchical(_Hierarchical):
     """Matrices ``[[A, B1, B2], [0, diag, 0], [0, D, E]]``: dense first and last rows.
 
-    Stored: (k1 + k2 + 1) d - k1 k2 - k1 - k2 numbers, as ``[A, B1, B2]`` of shape ``[k1, d]``,
-    ``[D, E]`` of shape ``[k2, d - k1]`` and the diagonal in the middle, ``[d - k1 - k2]``. Where
-    k1 + k2 exceeds d, first k1 is limited to d and then k2 to d - k1.
+    Stored: (k1 + k2 + 1) d numbers, as ``[[A, B1, B2], [0, D, E], [0, diag, 0]]`` of shape
+    ``[k1 + k2 + 1, d]``. Where k1 + k2 exceeds d, first k1 is limited to d and then k2 to d - k1.
 
     Example:
         >>> Hierarchical.from_dense(torch.ones(4, 4), k1=1, k2=1).to_dense()
@@ -161,8 +216,8 @@ class _RankK(_Hierarchical):
 class RankKUpper(_RankK):
     """Upper triangular up to a ``k x k`` block: k dense first rows, and a diagonal.
 
-    Stored: (k + 1) d - k numbers, as the rows ``[k, d]``, an empty tensor ``[0, d - k]`` and the
-    diagonal ``[d - k]``. k is limited to d.
+    Stored: (k + 1) d numbers, the rows ``[k, d]`` and below them k zeros and the diagonal. k is limited
+    to d.
 
     Example:
         >>> RankKUpper.from_dense(torch.ones(3, 3), k=1).to_dense()

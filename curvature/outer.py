@@ -11,7 +11,6 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from curvature.block_diagonal import BlockDiagonalMatrix, DenseMatrix, DiagonalMatrix
 from curvature.hierarchical import _Hierarchical
@@ -202,22 +201,19 @@ class DiagonalPlus(Outer):
     def A(self) -> Tensor:
         """As above, ``[m, d]``."""
 
+    @property
+    @abstractmethod
+    def B(self) -> Tensor | None:
+        """As above, ``[m, d]``; None if it is E."""
+
+    @property
+    @abstractmethod
+    def R(self) -> Tensor | None:
+        """As above, a row for each entry that E selects; None if there is none."""
+
     @abstractmethod
     def at(self, k: int) -> DiagonalPlus:
         """Return the k-th of a stack of matrices, sharing memory."""
-
-    @abstractmethod
-    def meet_left(self, X: Tensor) -> Tensor:
-        """Return ``B X`` above ``R X``, in new memory, for ``X[d, n]``, of a single matrix."""
-
-    @abstractmethod
-    def meet_right(self, X: Tensor, last: Tensor | None) -> Tensor:
-        """Return ``B X^T`` above ``R X^T`` for ``X[n, d]``, of a single matrix.
-
-        Args:
-            X: As above, without its last column if that is given.
-            last: ``[n, 1]``, or None.
-        """
 
 
 class Arrow(DiagonalPlus):
@@ -234,15 +230,14 @@ class Arrow(DiagonalPlus):
     """
 
     def __init__(self, M: _Hierarchical):
-        delta = M.tensors[2]
+        W, delta = M.dense_rows, M.middle
         self.cuts = a, b = M._cuts
-        W = _dense_rows(M)
+        rows, middle = (_aligned(W, W.shape) for _ in range(2))
+        torch.mul(W, delta, out=middle)
+        rows.copy_(middle)
         ends = W @ W.mT
-        rows, middle = _aligned_zeros(W, *W.shape), _aligned_zeros(W, *W.shape)
-        torch.mul(W[..., a:b], delta.unsqueeze(-2), out=middle[..., a:b])
-        rows[..., a:b] = middle[..., a:b]
         rows[..., :a], rows[..., b:] = ends[..., :a], ends[..., a:]
-        super().__init__(M.dim, rows, middle, pad(delta.square(), (a, M.dim - b)))
+        super().__init__(M.dim, rows, middle, delta.square().squeeze(-2))
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
@@ -277,29 +272,24 @@ class Arrow(DiagonalPlus):
 
     @property
     def A(self) -> Tensor:
-        """The dense rows of the middle: B is E."""
+        """The dense rows of the middle."""
         return self.tensors[1]
+
+    @property
+    def B(self) -> None:
+        """It is E."""
+        return None
+
+    @property
+    def R(self) -> Tensor:
+        """The dense rows."""
+        return self.tensors[0]
 
     def at(self, k: int) -> Arrow:
         """Return the k-th of a stack of matrices, sharing memory."""
         new = object.__new__(Arrow)
         new.dim, new.cuts, new.tensors = self.dim, self.cuts, tuple(t[k] for t in self.tensors)
         return new
-
-    def meet_left(self, X: Tensor) -> Tensor:
-        """Return ``E X`` above ``R X`` for ``X[d, n]``."""
-        a, b = self.cuts
-        return torch.cat([X[:a], X[b:], self.tensors[0] @ X])
-
-    def meet_right(self, X: Tensor, last: Tensor | None) -> Tensor:
-        """Return ``E X^T`` above ``R X^T`` for ``X[n, d]``, or its last column apart."""
-        (a, b), rows, X = self.cuts, self.tensors[0], X.mT
-        n = len(X)
-        dense, few = rows[:, :n] @ X, [X[:a], X[b:]]
-        if last is not None:
-            dense.addmm_(rows[:, n:], last.mT)
-            few += [last.mT] if n < a or b <= n else []
-        return torch.cat([*few, dense])
 
 
 class DiagonalPlusGram(DiagonalPlus):
@@ -319,22 +309,22 @@ class DiagonalPlusGram(DiagonalPlus):
 
     @property
     def A(self) -> Tensor:
-        """W, and so is B."""
+        """W."""
         return self.tensors[0]
+
+    @property
+    def B(self) -> Tensor:
+        """W, too."""
+        return self.tensors[0]
+
+    @property
+    def R(self) -> None:
+        """All is in the other terms."""
+        return None
 
     def at(self, k: int) -> DiagonalPlusGram:
         """Return the k-th of a stack of matrices, sharing memory."""
         return DiagonalPlusGram(*(t[k] for t in self.tensors))
-
-    def meet_left(self, X: Tensor) -> Tensor:
-        """Return ``W X``, and no row more, for ``X[d, n]``."""
-        return self.tensors[0] @ X
-
-    def meet_right(self, X: Tensor, last: Tensor | None) -> Tensor:
-        """Return ``W X^T``, and no row more, for ``X[n, d]``, or its last column apart."""
-        W, n = self.tensors[0], X.shape[1]
-        few = W[:, :n] @ X.mT
-        return few if last is None else few.addmm_(W[:, n:], last.mT)
 
     def matmul(self, X: Tensor) -> Tensor:
         """Return ``M M^T X``."""
@@ -398,12 +388,12 @@ class Fourier(Outer):
         return self.matmul(torch.eye(self.dim, dtype=self._dtype, device=self.tensors[0].device))
 
 
-def _aligned_zeros(like: Tensor, *shape: int) -> Tensor:
-    """Return zeros whose rows begin at multiples of 16 numbers in memory.
+def _aligned(like: Tensor, shape: torch.Size) -> Tensor:
+    """Return room for rows that begin at multiples of 16 numbers in memory.
 
     Products with some of their columns take a quarter longer on CPU otherwise.
     """
-    return like.new_zeros(*shape[:-1], -(-shape[-1] // 16) * 16)[..., : shape[-1]]
+    return like.new_empty(*shape[:-1], -(-shape[-1] // 16) * 16).narrow(-1, 0, shape[-1])
 
 
 def _times_transpose(X: Tensor, rows: Tensor) -> Tensor:
@@ -445,13 +435,5 @@ def _(M: _Toeplitz) -> Outer:
 def _(M: _Hierarchical) -> Outer:
     if not M.mirrored:
         return Arrow(M)
-    a, b = M._cuts
-    return DiagonalPlusGram(_dense_rows(M), pad(M.tensors[2].square(), (a, M.dim - b)))
-
-
-def _dense_rows(M: _Hierarchical) -> Tensor:
-    """Return the dense rows of what is held, with zeros where there is nothing, ``[k1 + k2, d]``."""
-    (T, U, _), a = M.tensors, M._cuts[0]
-    W = _aligned_zeros(T, *T.shape[:-2], T.shape[-2] + U.shape[-2], M.dim)
-    W[..., :a, :], W[..., a:, a:] = T, U
-    return W
+    W = _aligned(M.dense_rows, M.dense_rows.shape).copy_(M.dense_rows)
+    return DiagonalPlusGram(W, M.middle.square().squeeze(-2))

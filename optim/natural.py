@@ -644,11 +644,12 @@ class NaturalGradient(RowSteps, CurvatureOptimizer):
             values = list(torch._foreach_norm(grads, float("inf")))
         else:  # that is slow on the CPU; a sum can only overflow where a step would be hopeless
             values = [g.sum(dtype=state_dtype(g)) for g in grads]
-        values += [M.trace().sum() for m in moments for M in (m.A, m.B)]
+        traces = [M.trace() for m in moments for M in (m.A, m.B)]
+        values += [t if t.numel() == 1 else t.sum() for t in traces]
         if all(v.is_cpu for v in values):  # numbers take a fraction of the time of small tensors
             return all(isfinite(v.item()) for v in values)
         device = values[0].device
-        return bool(torch.stack([v.to(device, torch.float32) for v in values]).isfinite().all())
+        return bool(torch.cat([v.to(device, torch.float32).view(1) for v in values]).isfinite().all())
 
     # ------------------------------------------------------------------ groups and checkpoints
 

@@ -124,10 +124,10 @@ class InverseFree(NaturalGradient):
         pairs = iter(bucket.cache["pairs"])
         for layer in bucket.layers:
             grads = [self._grad(p).to(bucket.dtype) for p in layer.parameters]
-            G = form.axes.to_matrix(grads[0]).unbind()
+            G = form.axes.matrices(grads[0])
             bias = [None] * form.groups
             if layer.bias is not None:
-                bias = form.bias_axes.to_matrix(grads[1]).unbind()
+                bias = form.bias_axes.matrices(grads[1])
             parts = [Part(next(pairs), *pair) for pair in zip(G, bias, strict=True)]
             found: Tensor | Direction = TwoSided(parts, form.axes)
             if any(map(is_sharded, layer.parameters)):

@@ -115,7 +115,7 @@ def hierarchical_count(k1: int, k2: int) -> Callable[[int], int]:
     def count(d: int) -> int:
         a = min(k1, d)
         b = min(k2, d - a)
-        return (a + b + 1) * d - a * b - a - b
+        return (a + b + 1) * d
 
     return count
 
@@ -129,7 +129,7 @@ def block_count(k: int) -> Callable[[int], int]:
 
 
 def rank_count(k: int) -> Callable[[int], int]:
-    return lambda d: (min(k, d) + 1) * d - min(k, d)
+    return lambda d: (min(k, d) + 1) * d
 
 
 def lower(i: Tensor, j: Tensor, d: int) -> Tensor:
@@ -692,6 +692,30 @@ def test_errors_of_options(name, options, message):
     for value in (1.0, True, None):
         with pytest.raises(TypeError, match=f"integer for {key}"):
             cls.eye(3, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "places"),
+    [
+        ("hierarchical", {"k1": 2, "k2": 1}, [(2, 0), (2, 1), (3, 0), (3, 1), (3, 4)]),
+        ("rank-k-upper", {"k": 2}, [(2, 0), (2, 1)]),
+        ("rank-k-lower", {"k": 1}, [(1, 0)]),
+    ],
+)
+def test_numbers_that_are_no_entries(name, options, places):
+    """They are zero, whatever is done, and have to be at first."""
+    cls = STRUCTURES[name]
+    A, S = cls.from_dense(torch.randn(5, 5), **options), torch.randn(5, 3)
+    some = [A, A @ A, A.gram(), A + A.eye(5, **options), A.project_gram(S, **options), -A * 0.5]
+    for M in [*some, A.project(S @ S.mT, **options), A.zeros(5, **options).add_identity_(3.0)]:
+        (t,) = M.tensors
+        assert [(i, j) for i, j in (t == 0).nonzero().tolist() if (i, j) in places] == places
+        cls([t], 5, **options)
+    for i, j in places:
+        wrong = A.tensors[0].clone()
+        wrong[i, j] = 1e-3
+        with pytest.raises(ValueError, match="expected zeros left of the last dense rows"):
+            cls([wrong], 5, **options)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
