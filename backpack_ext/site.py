@@ -252,11 +252,11 @@ class Site:
         if self._saved is not None:
             self.x = None
 
-    def leads_with_data(self, x: Tensor) -> bool:
-        """Whether the input's first axis is the data, each of them once, all positions behind it."""
+    def leads_with_data(self, rows: int) -> bool:
+        """Whether a first axis of so many rows is the data, each of them once, all positions behind it."""
         if self.broadcast or self.sharing is not None or self.batch_axis:
             return False
-        return len(x) == self.batch
+        return rows == self.batch
 
     def rows(self, t: Tensor, features: int) -> Tensor:
         """Bring an input to ``[N, S, *features]``: data first, all shared positions second.

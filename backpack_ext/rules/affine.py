@@ -110,7 +110,7 @@ class _SpatialRule(Rule):
     def inputs_of(self, site: Site, data: slice) -> Tensor | None:
         """Return the patches of some of the data, where each datum is one image."""
         x = self._check(site)
-        if not site.leads_with_data(x) or not self._has_patches():
+        if not site.leads_with_data(len(x)) or not self._has_patches():
             return None
         u = self._patches(site, x[data]).chunk(site.module.groups, dim=2)
         return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
@@ -140,6 +140,8 @@ class _SpatialRule(Rule):
         if not x.is_floating_point() or not self._has_patches():
             return None
         means = patch_means(x, self._geometry(site))
+        if site.leads_with_data(len(x)):
+            return means.reshape(len(x), site.module.groups, 1, -1).transpose(0, 1)
         return self._pixels(site, means.unsqueeze(1), site.module.groups)
 
     def moment_shape(self, site: Site) -> tuple[int, int] | None:
@@ -175,6 +177,8 @@ class _SpatialRule(Rule):
         groups = self.groups(site.module)
         v, R, channels = g.shape[:3]
         g = g.reshape(v, R, groups, channels // groups, -1).permute(2, 0, 1, 4, 3)
+        if site.leads_with_data(R):
+            return g
         parts = [site.vector_rows(part, 2).flatten(2, 3) for part in g]
         return parts[0] if groups == 1 else torch.stack(parts)
 

@@ -181,7 +181,7 @@ class BatchNormRule(_StatisticsRule):
         mean, var = self._statistics(site, x)
         fits = x.dtype == g.dtype and x.dtype in (torch.float32, torch.float64)
         fits = fits and x.device.type == "cpu" and x.is_contiguous() and g.is_contiguous()
-        if mean is None or not fits or not site.leads_with_data(x):
+        if mean is None or not fits or not site.leads_with_data(len(x)):
             return None
         if x.dim() < 3 or g.shape[1:] != x.shape:
             return None
