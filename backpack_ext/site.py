@@ -253,7 +253,7 @@ class Site:
             self.x = None
 
     def leads_with_data(self, rows: int) -> bool:
-        """Whether a first axis of so many rows is the data, each of them once, all positions behind it."""
+        """Whether a first axis of so many rows is the data, once each, all positions behind it."""
         if self.broadcast or self.sharing is not None or self.batch_axis:
             return False
         return rows == self.batch

@@ -66,12 +66,18 @@ def text(result: dict) -> str:
     if result["plain_ms"][2] > DISTURBED * result["plain_ms"][0]:
         title += "\nDISTURBED: the plain step's time varies; are other processes running?"
     title += f"\none vector per datum by autograd alone: {_spread(result['sweep'])} of a plain step"
-    if result.get("crossing", [None])[0] is not None:
-        before, after = result["crossing"]
-        title += f"\na product on all threads, before and after: {before}, {after} of one thread's time"
-        title += " (see benchmarks/cores.py)"
+    title += crossing_text(result)
     lines = [_HEAD, *(_text_row(row, result["name"]) for row in result["rows"])]
     return "\n".join([title, aligned(lines)])
+
+
+def crossing_text(result: dict) -> str:
+    """Return a line about what `crossing` said before and after a problem, if it said anything."""
+    before, after = result.get("crossing", (None, None))
+    if before is None:
+        return ""
+    found = f"\na product on all threads, before and after: {before}, {after} of one thread's time"
+    return found + " (see benchmarks/cores.py)"
 
 
 def _text_row(row: dict, problem: str) -> list[str]:

@@ -20,7 +20,7 @@ from benchmarks.training.measuring import measure
 
 LENGTHS = {
     "quick": Length(0.0, (1, 1)),
-    "default": Length(22.0, (5, 40)),
+    "default": Length(45.0, (5, 40)),
     "full": Length(120.0, (10, 100)),
 }
 MODELS = ("mlp", "cnn", "vit")

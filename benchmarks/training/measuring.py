@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from statistics import median
 
+from benchmarks.cores import crossing
 from benchmarks.floor import operands, shapes_of, total_flops
 from benchmarks.lowrank.measuring import Length, digits, runner, sync_of
 from benchmarks.memory import peak_memory
@@ -34,7 +35,8 @@ def measure(problem: Problem, contenders: list[Contender], length: Length, devic
         of AdamW in the same round; ``refresh`` and ``between``, ratios of medians for the iteration with
         a refresh and for each other one; ``state``, bytes of the optimizer's state relative to the
         parameters'; ``peak``, ratio to AdamW of what an iteration allocates at once; ``total``, the
-        same of parameters, state and peak together.
+        same of parameters, state and peak together. ``crossing`` is what `benchmarks.cores.crossing`
+        says before and after.
     """
     sync = sync_of(device)
     # one after the other: what is built holds memory, but does nothing between its visits
@@ -50,7 +52,9 @@ def measure(problem: Problem, contenders: list[Contender], length: Length, devic
     works = {c.name: c.work(shapes) for c in contenders if c.work is not None}
     variants |= _floors(works, device)
     short = {key: variant for key, variant in variants.items() if key not in once}
+    before = crossing(device)
     times = interleave(short, PLAIN, sync, length.seconds, length.rounds)
+    after = crossing(device)
     for key in once:
         variants[key].time(sync)
         first, other = trainings[key].laps[-1]
@@ -92,6 +96,7 @@ def measure(problem: Problem, contenders: list[Contender], length: Length, devic
         "rounds": len(times[PLAIN]),
         "plain_ms": digits([1e3 * t / INTERVAL for t in summary(times[PLAIN])]),
         "plain_mib": digits([peaks[PLAIN] / 2**20])[0],
+        "crossing": [before, after],
         "rows": list(rows.values()),
     }
 

@@ -18,6 +18,7 @@ def text(problem: dict) -> str:
     )
     if problem["plain_ms"][2] > report.DISTURBED * problem["plain_ms"][0]:
         title += "\nDISTURBED: AdamW's time varies; are other processes running?"
+    title += report.crossing_text(problem)
     lines = [[HEAD[0], "", *HEAD[1:], *MEMORY]]
     lines += [_line(row) for row in problem["rows"]]
     unsound = [
