@@ -21,8 +21,8 @@ class EntrywiseMatrix(StructuredMatrix):
         """Return views ``[*batch, ...]`` that together are the diagonal."""
 
     def _trace(self) -> Tensor:
-        axes = len(self.batch_shape) + 1
-        parts = [v if v.dim() == axes else v.flatten(axes - 1) for v in self._diagonal()]
+        lead = len(self.batch_shape)
+        parts = [v.flatten(lead) for v in self._diagonal()]
         diagonal = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # a sum each takes longer
         return diagonal.sum(-1, dtype=accumulator(self.dtype))
 
