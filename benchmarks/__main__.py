@@ -1,8 +1,10 @@
 """``python -m benchmarks``: measure, print, store.
 
 Each quantity's time and peak memory relative to a plain forward and backward, beside BackPACK and
-curvlinops where they have it, the counted floor, and the goals. Problems that a run does not measure
-keep their earlier results, if those are from the same machine. ``--models all`` measures every one.
+curvlinops where they have it, the counted floor, and the goals. By default those quantities that have
+goals, on the small models that have, which takes about a minute. Models that are named, or all with
+``--models all``, are measured in every row. Problems that a run does not measure keep their earlier
+results, if those are from the same machine.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import goals, peers, report, table
-from benchmarks.models import DEFAULT, DIAGONALS, PROBLEMS
-from benchmarks.rows import ROWS, Row
+from benchmarks.models import DIAGONALS, MODELS, PROBLEMS
+from benchmarks.rows import HEADLINES, ROWS, Row
 from benchmarks.suite import Settings, measure
 
 # Seconds of rounds per problem, and the smallest and largest number of rounds.
@@ -47,15 +49,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--models",
         nargs="+",
         choices=(*PROBLEMS, "all"),
-        help=f"default: {' '.join(DEFAULT)}; with --full all",
+        help=f"default: {' '.join(MODELS)}; with --full all",
     )
-    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name has a TEXT")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="only rows whose name has a TEXT; default: all of named models, else those with goals",
+    )
     parser.add_argument("--repetitions", type=int, help="number of rounds, instead of a time")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     parser.add_argument(
-        "--name", help="name of the JSON file (default: device, length, 'some' with --rows)"
+        "--name", help="name of the JSON file (default: device, length, 'some' if not of all rows)"
     )
     parser.add_argument(
         "--readme",
@@ -63,9 +70,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="measure nothing: write the tables of the stored results into this file",
     )
     args = parser.parse_args(argv)
+    if args.models is None and args.length == "full":
+        args.models = ["all"]
     if args.models is None:
-        args.models = list(PROBLEMS) if args.length == "full" else list(DEFAULT)
-    elif "all" in args.models:
+        args.models, args.rows = list(MODELS), args.rows or list(HEADLINES)
+    if "all" in args.models:
         args.models = list(PROBLEMS)
     return args
 
@@ -123,7 +132,7 @@ def _run(args: argparse.Namespace) -> dict:
 def _path(args: argparse.Namespace) -> Path:
     """Return where the results are stored: those of some rows do not replace those of all."""
     parts = [args.device.replace(":", "-"), *([] if args.length == "default" else [args.length])]
-    parts += ["some"] if args.rows else []
+    parts += ["some"] if args.rows and not args.readme else []
     return args.out / f"{args.name or '-'.join(parts)}.json"
 
 

@@ -28,7 +28,8 @@ from math import exp, fsum, log
 from pathlib import Path
 from statistics import median
 
-from benchmarks.models import PROBLEMS
+from benchmarks.models import MODELS, PROBLEMS
+from benchmarks.rows import HEADLINES
 from benchmarks.table import aligned
 
 ROOT = Path(__file__).parents[1]
@@ -232,12 +233,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("revisions", nargs="*", metavar="REV", help="one commit or two")
     parser.add_argument("--files", nargs=2, type=Path, metavar="JSON", help="stored results instead")
-    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=["mlp", "cnn", "vit"])
+    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=MODELS)
     parser.add_argument(
         *("--rows", "-r"),
         nargs="+",
         metavar="TEXT",
-        default=["KFAC expand mc", "KFAC reduce", "SumGradSquared", "DiagGGN mc", "extended"],
+        default=HEADLINES,
         help="rows whose name has a TEXT (default: those with goals, three at once, no context)",
     )
     parser.add_argument("--pairs", type=int, default=6, help="processes per commit (default: 6)")

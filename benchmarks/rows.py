@@ -166,3 +166,7 @@ ROWS: tuple[Row, ...] = (
         first_order=True,
     ),
 )
+
+# What names of rows have in them that short runs measure: those with goals, three quantities at once,
+# and no context.
+HEADLINES = ("KFAC expand mc", "KFAC reduce", "SumGradSquared", "DiagGGN mc", "extended")

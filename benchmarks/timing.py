@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
@@ -59,6 +59,7 @@ def interleave(
     seconds: float,
     rounds: tuple[int, int],
     seed: int = 0,
+    once: Collection[Hashable] = (),
 ) -> dict[Hashable, list[float]]:
     """Time all variants round by round.
 
@@ -69,6 +70,7 @@ def interleave(
         seconds: Begin no further round after this time.
         rounds: Smallest and largest number of rounds.
         seed: Of the order.
+        once: What is timed in the first round only.
 
     Returns:
         For each variant its seconds in each round.
@@ -81,7 +83,8 @@ def interleave(
     try:
         while len(times[plain]) < rounds[0] or (perf_counter() < end and len(times[plain]) < rounds[1]):
             gc.collect()
-            order = list(variants) + [plain] * (PLAIN_PER_ROUND - 1)
+            order = [key for key in variants if key not in once or not times[key]]
+            order += [plain] * (PLAIN_PER_ROUND - 1)
             rng.shuffle(order)
             found: dict[Hashable, list[float]] = {}
             for key in order:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import by_hand, fit, goals, models, peers, report, scaling, table
-from benchmarks.__main__ import RESULTS, main, parse
+from benchmarks import by_hand, fit, goals, models, peers, report, scaling, suite, table
+from benchmarks.__main__ import RESULTS, _path, _rows, main, parse
 from benchmarks.floor import ConvInput, MatMul, operands, shapes_of, total_flops
 from benchmarks.models import PROBLEMS, ResNet
 from benchmarks.rows import ROWS
 from benchmarks.suite import Settings, measure
+from benchmarks.timing import Variant, interleave
 
 README = Path(__file__).parents[1] / "README.rst"
 ROW = {row.name: row for row in ROWS}
@@ -216,8 +217,27 @@ def test_steps_by_hand(tmp_path, capsys):
 
 
 def test_default_and_all_models():
-    assert set(parse([]).models) == set(PROBLEMS) - {"resnet"}
-    assert parse(["--full"]).models == parse(["--models", "all"]).models == list(PROBLEMS)
+    """What runs in a minute: the rows with goals on small models; named models in every row."""
+    short, named, full = parse([]), parse(["--models", "cnn"]), parse(["--full"])
+    assert set(short.models) == {"mlp", "cnn", "vit"} and named.rows is full.rows is None
+    chosen = {row.name for row in _rows(short.rows)}
+    assert set(goals.GOALS) < chosen < set(ROW) and "DiagGGN exact" not in chosen
+    assert full.models == parse(["--models", "all"]).models == list(PROBLEMS)
+    assert parse(["--rows", "mc"]).rows == ["mc"]
+    assert (_path(short).name, _path(named).name) == ("cpu-some.json", "cpu.json")
+    assert _path(parse(["--readme", "x"])).name == "cpu.json"
+
+
+def test_far_slower_steps_are_timed_once():
+    """Their ratio is to the plain step of the same round, the first."""
+    ran = []
+    variants = {key: Variant(lambda key=key: ran.append(key)) for key in ("plain", "far", "near")}
+    times = interleave(variants, "plain", lambda: None, 0.0, (3, 3), once=["far"])
+    assert {key: len(found) for key, found in times.items()} == {"plain": 3, "far": 1, "near": 3}
+    first = ran[: len(ran) // 3 + 1]
+    assert "far" in first and "far" not in ran[len(first) :]
+    cell = suite._cell("far", {"far": [6.0], suite.PLAIN: [2.0, 1.0, 1.0]}, {"far": 4, suite.PLAIN: 2})
+    assert cell == {"time": [3.0, 3.0, 3.0], "memory": 2.0}
 
 
 def test_other_problems_keep_their_results(tmp_path, capsys):
