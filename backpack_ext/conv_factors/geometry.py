@@ -79,6 +79,26 @@ class Geometry:
     mode: str | None = None
     widths: tuple[int, ...] = ()
 
+    def __post_init__(self):
+        # it is looked up at each call of a layer, and consists of two dozen numbers
+        key = hash((self.dimensions, self.groups, self.mode, self.widths))
+        object.__setattr__(self, "_hash", key)
+        most = max((d.size * d.kernel for d in self.dimensions), default=0)
+        object.__setattr__(self, "_most", most)
+
+    def __hash__(self) -> int:
+        """Return the hash that was computed once."""
+        return self._hash
+
+    def __reduce__(self):
+        """Have other processes compute their own: hashes of strings differ between them."""
+        return Geometry, (self.dimensions, self.groups, self.mode, self.widths)
+
+    @property
+    def most(self) -> int:
+        """The largest number of input entries times kernel entries of a dimension."""
+        return self._most
+
     @property
     def pixels(self) -> int:
         """Number of output pixels of an image."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -30,14 +30,15 @@ def kept(function: Callable) -> Callable:
 
     @wraps(function)
     def found(first: Any, *args: Any) -> Any:
-        most = max((d.size * d.kernel for d in _dimensions(first)), default=0)
-        return (small if most <= ENTRIES else large)(first, *args)
+        return (small if _most(first) <= ENTRIES else large)(first, *args)
 
     found.caches = small, large
     return found
 
 
-def _dimensions(of: Geometry | Dimension | tuple) -> Iterable[Dimension]:
+def _most(of: Geometry | Dimension | tuple) -> int:
+    """Return the largest number of input entries times kernel entries of a dimension."""
     if isinstance(of, Geometry):
-        return of.dimensions
-    return (of,) if isinstance(of, Dimension) else of
+        return of.most
+    dimensions = (of,) if isinstance(of, Dimension) else of
+    return max((d.size * d.kernel for d in dimensions), default=0)

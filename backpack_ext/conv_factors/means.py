@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -50,7 +51,6 @@ def patch_means(x: Tensor, geometry: Geometry, plan: Plan | None = None) -> Tens
         >>> patch_means(x, Geometry.of(conv, x.shape, (1, 1, 2, 2)))  # means of 2x2 windows
         tensor([[[2., 3., 5., 6.]]])
     """
-    axes = axes_of(geometry)
     sizes = geometry.unpadded
     if x.dim() != len(sizes) + 2 or tuple(x.shape[2:]) != sizes:
         raise ValueError(
@@ -58,37 +58,76 @@ def patch_means(x: Tensor, geometry: Geometry, plan: Plan | None = None) -> Tens
             f"{', '.join(map(str, sizes))}]."
         )
     last = x.stride(1) == 1 and x.shape[1] >= WIDE_CHANNELS and not x.is_contiguous()
-    if plan is None:
-        plan = cheapest(geometry, x.shape[0] * x.shape[1], costs_of(x.device.type), last)
-    if any(axis.step > 1 for axis in axes):
-        x = x[(..., *(axis.entries for axis in axes))]
     wide = torch.promote_types(x.dtype, torch.float32)
+    if plan is None:
+        way = _chosen(geometry, x.shape[0] * x.shape[1], last, x.device, wide)
+    else:
+        way = _way(geometry, plan, last, x.device, wide)
+    if way.met is not None:
+        x = x[way.met]
     if x.dtype == wide:
-        return _means(x, geometry, plan, last)
+        return _means(x, way)
     each = max(1, x[:1].numel())
     pieces = x.split(max(1, CHUNK.get(x.device.type, OTHER_CHUNK) // each))
-    found = [_means(piece.to(wide), geometry, plan, last) for piece in pieces]
+    found = [_means(piece.to(wide), way) for piece in pieces]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _means(x: Tensor, geometry: Geometry, plan: Plan, last: bool) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """A plan with all that it needs.
+
+    Args:
+        met: What of the input is met, as an index; None if all.
+        cores: By dimension what is summed first; None for nothing.
+        weights: See `_weights`.
+        kernel: The kernel's sizes.
+        columns: Their product.
+        joined: Whether all dimensions that are left are multiplied at once.
+        last: Whether the input's channels are its last axis in memory.
+    """
+
+    met: tuple | None
+    cores: tuple[Core | None, ...]
+    weights: tuple[Tensor, ...]
+    kernel: tuple[int, ...]
+    columns: int
+    joined: bool
+    last: bool
+
+
+@kept
+def _chosen(geometry: Geometry, rows: int, last: bool, device: torch.device, dtype: torch.dtype) -> _Way:
+    """Return the cheapest way."""
+    plan = cheapest(geometry, rows, costs_of(device.type), last)
+    return _way(geometry, plan, last, device, dtype)
+
+
+def _way(geometry: Geometry, plan: Plan, last: bool, device: torch.device, dtype: torch.dtype) -> _Way:
     axes = axes_of(geometry)
-    weights = _weights(geometry, plan, x.device, x.dtype)
-    cores = [axis.core(period) for axis, period in zip(axes, plan.periods, strict=True)]
-    if plan.joined and len(weights[0]) == 1:  # one sum over all dimensions
-        for d, core in enumerate(cores):
+    met = (..., *(axis.entries for axis in axes)) if any(axis.step > 1 for axis in axes) else None
+    cores = tuple(axis.core(period) for axis, period in zip(axes, plan.periods, strict=True))
+    kernel = tuple(axis.weights.shape[1] for axis in axes)
+    weights = _weights(geometry, plan, device, dtype)
+    return _Way(met, cores, weights, kernel, geometry.entries, plan.joined, last)
+
+
+def _means(x: Tensor, way: _Way) -> Tensor:
+    weights = way.weights
+    if way.joined and len(weights[0]) == 1:  # one sum over all dimensions
+        for d, core in enumerate(way.cores):
             x = x if core is None else x.narrow(2 + d, core.low, core.high - core.low)
-        return x.sum(tuple(range(2, x.dim()))).unsqueeze(2) * weights[0][0, : geometry.entries]
-    for d, core in enumerate(cores):
+        return x.sum(tuple(range(2, x.dim()))).unsqueeze(2) * weights[0][0, : way.columns]
+    for d, core in enumerate(way.cores):
         if core is not None:
             x = _summed(x, 2 + d, core)
-    if plan.joined:
-        if last and x.stride(1) == 1:  # [R, K, C], whose rows need no copy
-            W = weights[0][:, : geometry.entries]
+    if way.joined:
+        if way.last and x.stride(1) == 1:  # [R, K, C], whose rows need no copy
+            W = weights[0][:, : way.columns]
             return (W.mT @ x.movedim(1, -1).flatten(1, -2)).mT
-        return (x.flatten(2) @ weights[0])[..., : geometry.entries]
-    for d in reversed(range(len(axes))):  # the last one first: its rows are contiguous
-        products = (x.movedim(2 + d, -1) @ weights[d])[..., : axes[d].weights.shape[1]]
+        return (x.flatten(2) @ weights[0])[..., : way.columns]
+    for d in reversed(range(len(weights))):  # the last one first: its rows are contiguous
+        products = (x.movedim(2 + d, -1) @ weights[d])[..., : way.kernel[d]]
         x = products.movedim(-1, 2 + d)
     return x.flatten(2)
 
