@@ -200,6 +200,17 @@ class Extension(BackpropExtension):
     def absorb(self, store: dict, unit: Unit) -> None:
         """Take the vectors of one layer; called once per layer and chunk of columns."""
 
+    def bring_to_rows(self, unit: Unit) -> bool:
+        """Reduce a layer to a row per datum of inputs and of vectors, if no more is needed of it.
+
+        Called as the vectors arrive, for an extension that is alone in a pass; `absorb_all` is called
+        later then, with the other layers that have been brought to such rows.
+
+        Returns:
+            Whether it was; a unit that was not is as before.
+        """
+        return False
+
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
         """Take layers whose inputs and outputs have equal shapes, one call each."""
         for unit in units:

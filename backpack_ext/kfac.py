@@ -165,7 +165,7 @@ class KFAC(Extension):
                 # the exact block of a bias alone, whose inputs are known to be ones
                 layer.add_bias_B(*self._B([unit]))
         if layer.is_new(unit) and "weight" in layer.parameters:
-            if unit.sites[0].shared:
+            if unit.sites[0].shared and not unit.only_rows:
                 # calls may arrive from several losses: the inputs are joined at the end
                 layer.later, layer.known = True, unit.inputs_known
             else:
@@ -201,6 +201,13 @@ class KFAC(Extension):
                 a = self.rows.inputs(unit.a, unit)[0]
                 a = a if role == "weight" else self.rows.constants(a, unit)[:, None].expand_as(a)
                 layer.add_inputs(role, a.reshape(len(a), *p.shape))
+
+    def bring_to_rows(self, unit: Unit) -> bool:
+        """Reduce a layer to the rows that KFAC-reduce forms its factors of."""
+        # a subclass may form something else
+        if type(self) is not KFAC or unit.rule.elementwise or self.fisher == "forward":
+            return False
+        return self.rows.keep(unit)
 
     def absorb_all(self, store: dict, units: list[Unit]) -> None:
         """Form the factors of layers of equal shape in single products."""

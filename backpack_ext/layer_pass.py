@@ -71,7 +71,8 @@ class LayerPass(Receiver):
         self.expected: dict[Site, bool] = {}  # has the gradient passed?
         self.bare: dict[tuple, Site] = {}  # Sites of parameters outside of layers
         self.frozen: set[Site] = set()  # since the forward pass
-        self.pending = Pending()
+        # several extensions share what they form of inputs and vectors
+        self.pending = Pending(len(extensions) == 1)
         self.handles: list = []
         self.sweeping = False
         self.inputs_known = Once() if len(extensions) > 1 else None
@@ -326,6 +327,8 @@ class LayerPass(Receiver):
                 def deliver(site: Site, g: Tensor) -> None:
                     self._deliver(group, pending, site, size * widen(g))
 
+            # further columns would form the rows of the inputs again
+            pending.rows = self.pending.rows and count == 1
             flush, gather = partial(self._flush, group, pending), any(e.gathers for e in group)
             sweep(call.start, reach, columns, count, deliver, flush, gather)
         for site in reach.sites:
@@ -352,12 +355,29 @@ class LayerPass(Receiver):
                 self._flush_small(extensions, pending)
         else:
             layers = [([site], [g])]
-            self._absorb(extensions, layers)
+            if pending.rows and self._bring_to_rows(extensions[0], pending, site, g):
+                if pending.full:
+                    self._flush_rows(extensions, pending)
+            else:
+                self._absorb(extensions, layers)
             self._release(extensions, layers)
+
+    def _bring_to_rows(self, ext: Extension, pending: Pending, site: Site, g: Tensor) -> bool:
+        """Have the only extension reduce a layer to rows, which wait for others."""
+        rule = ext.rule_for(site.module, site.rule)
+        if rule is None:
+            return False
+        unit = Unit([site], [g], rule, self.scale.value)
+        with self._quiet(g):
+            if not ext.bring_to_rows(unit):
+                return False
+        pending.add_rows(unit)
+        return True
 
     def _flush(self, extensions, pending: Pending) -> None:
         """Absorb what is pending: the calls of one layer together, then layers of equal shape."""
         self._flush_small(extensions, pending)
+        self._flush_rows(extensions, pending)
         for sites, gs in pending.take_shared():
             self._absorb(extensions, [(sites, gs)])
         for ext in extensions:
@@ -367,6 +387,11 @@ class LayerPass(Receiver):
         for layers in pending.take_small():
             self._absorb(extensions, layers)
             self._release(extensions, layers)
+
+    def _flush_rows(self, extensions, pending: Pending) -> None:
+        for units in pending.take_rows():
+            with self._quiet(units[0].b):
+                self._hand_over(extensions[0], units, False)
 
     def _absorb(self, extensions, layers: list[tuple[list[Site], list[Tensor]]]) -> None:
         """Hand layers of equal shape, each with its calls and their vectors, to the extensions."""
@@ -387,15 +412,19 @@ class LayerPass(Receiver):
                     if len(extensions) > 1 and sum(other.forms_grads for other in extensions) > 1:
                         for unit in units[rule]:
                             unit.keeps_grads = True
-                if self.publish:
-                    # an old result makes room for the new one: less memory, and none of it fresh
-                    for unit in units[rule]:
-                        for p in unit.parameters.values():
-                            p.__dict__.pop(ext.savefield, None)
-                if extensions is self.main and ext.vectors.gradient:
-                    ext.absorb_gradient(self.stores[ext], units[rule])
-                else:
-                    ext.absorb_all(self.stores[ext], units[rule])
+                self._hand_over(ext, units[rule], extensions is self.main and ext.vectors.gradient)
+
+    def _hand_over(self, ext: Extension, units: list[Unit], gradient: bool) -> None:
+        """Hand layers of equal shape to an extension."""
+        if self.publish:
+            # an old result makes room for the new one: less memory, and none of it fresh
+            for unit in units:
+                for p in unit.parameters.values():
+                    p.__dict__.pop(ext.savefield, None)
+        if gradient:
+            ext.absorb_gradient(self.stores[ext], units)
+        else:
+            ext.absorb_all(self.stores[ext], units)
 
     def _release(self, extensions, layers) -> None:
         """Let go of the inputs of calls that nothing will ask for any more, or that can be had again."""

@@ -5,20 +5,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from backpack_ext.site import Site
+from backpack_ext.unit import Unit
 
 
 class Pending:
     """Vectors that wait for others: for further calls of a layer, or for layers of equal shape.
 
-    Small layers are joined because their cost is overhead; what waits is bounded.
+    Small layers are joined because their cost is overhead, and so are those of which a few rows are all
+    that is needed: what is made of these is made in a row, by code that stays in the caches, instead of
+    between the large products of the backward pass. What waits is bounded.
+
+    Args:
+        rows: Whether layers may be brought to rows first, see `Extension.bring_to_rows`.
     """
 
     SMALL = 2**14  # entries of input and output of a layer that is worth joining
     LIMIT = 2**22  # entries that may wait
 
-    def __init__(self):
+    def __init__(self, rows: bool = False):
+        self.rows = rows
         self.shared: list[tuple[Site, Tensor]] = []
         self.small: dict[tuple, list[tuple[list[Site], list[Tensor]]]] = {}
+        self.units: dict[tuple, list[Unit]] = {}
         self.size = 0
 
     def add_small(self, site: Site, g: Tensor) -> bool:
@@ -36,14 +44,28 @@ class Pending:
         self.size += size
         return True
 
+    def add_rows(self, unit: Unit) -> None:
+        """Have a layer that was brought to rows wait for those of equal shape."""
+        key = (unit.rule, *unit.parameters, unit.b.shape, unit.b.dtype)
+        self.size += unit.b.numel()
+        if unit.mean_a is not None:
+            key = (*key, unit.mean_a.shape, unit.mean_a.dtype, unit.positions == 1)
+            self.size += unit.mean_a.numel()
+        self.units.setdefault(key, []).append(unit)
+
     @property
     def full(self) -> bool:
-        """Whether enough small layers wait."""
+        """Whether enough layers wait."""
         return self.size > self.LIMIT
 
     def take_small(self):
         """Return the waiting small layers, those of equal shape together, and forget them."""
         groups, self.small, self.size = list(self.small.values()), {}, 0
+        return groups
+
+    def take_rows(self) -> list[list[Unit]]:
+        """Return the waiting layers that were brought to rows, likewise."""
+        groups, self.units, self.size = list(self.units.values()), {}, 0
         return groups
 
     def take_shared(self):

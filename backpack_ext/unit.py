@@ -34,8 +34,8 @@ class Unit:
     """
 
     __slots__ = (
-        "_G", "_a", "_b", "_existing", "_mean_a", "_sums", "cotangents", "inputs_known", "keeps_grads",
-        "parameters", "rule", "scale", "sites", "vectors_known",
+        "_G", "_a", "_b", "_existing", "_mean_a", "_positions", "_sums", "cotangents", "inputs_known",
+        "keeps_grads", "parameters", "rule", "scale", "sites", "vectors_known",
     )  # fmt: skip
 
     def __init__(
@@ -45,7 +45,7 @@ class Unit:
         site = sites[0]
         # trainable parameters by role
         self.parameters = site.parameters if rule is site.rule else rule.parameters(site.module)
-        self._a = self._b = self._existing = self._G = self._mean_a = None
+        self._a = self._b = self._existing = self._G = self._mean_a = self._positions = None
         self._sums: tuple[Tensor, Tensor] | tuple[()] | None = None  # empty: not known
         # whether several extensions will ask for `weight_grads`
         self.keeps_grads = False
@@ -143,7 +143,8 @@ class Unit:
     @property
     def mean_a(self) -> Tensor | None:
         """Inputs averaged over positions, ``[g,n,i]``, where that is known without `a`; else None."""
-        if self._mean_a is None and self._a is None and len(self.sites) == 1 and not self._in_sharing:
+        known = self._mean_a is not None or self._a is not None or self.only_rows
+        if not known and len(self.sites) == 1 and not self._in_sharing:
             site = self.sites[0]
             means = _rule(site, self.rule).mean_inputs(site)
             if means is not None:
@@ -193,9 +194,26 @@ class Unit:
         # found with the inputs
         return self._existing if self._in_sharing and self.a is not None else None
 
+    def keep_rows(self, means: Tensor | None, sums: Tensor) -> None:
+        """Let go of inputs and vectors; what is known from here on is a row of both per datum.
+
+        Args:
+            means: Inputs averaged over positions, ``[g,n,i]``; None if the weight is not trained.
+            sums: Vectors summed over positions, ``[g,v,n,1,o]``.
+        """
+        self._positions = self.b.shape[3]
+        self._a, self._mean_a, self._b, self.cotangents = None, means, sums, ()
+
+    @property
+    def only_rows(self) -> bool:
+        """Whether `keep_rows` was called."""
+        return self._positions is not None
+
     @property
     def positions(self) -> int:
         """Number of shared positions S."""
+        if self.only_rows:
+            return self._positions
         if self._a is None and self._mean_a is not None and self.cotangents:
             return self.b.shape[3]
         return self.a.shape[1] if isinstance(self.a, OneHot) else self.a.shape[2]
@@ -332,7 +350,7 @@ def stack_inputs(units: Sequence[Unit]) -> Tensor:
 def stack_vectors(units: Sequence[Unit]) -> Tensor:
     """Return the vectors of layers of equal shape, one call each, as ``[(L g),v,n,s,o]``."""
     L, unit = len(units), units[0]
-    if not getattr(unit.rule.cotangents, "by_shape", False):
+    if not unit.cotangents or not getattr(unit.rule.cotangents, "by_shape", False):
         return torch.cat([u.b for u in units])
     g = torch.cat([u.cotangents[0] for u in units]).to(unit.dtype)
     b = _with_group(unit.rule.cotangents(unit.sites[0], g), 4)
