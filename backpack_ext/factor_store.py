@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from backpack_ext.images import Images
 from backpack_ext.layer_factor import LayerFactor
 from backpack_ext.normal import OneHot
 from backpack_ext.site import Site
@@ -23,13 +24,13 @@ class _Piece:
 
     Args:
         sites: Its calls.
-        a: Its inputs; None for an elementwise layer.
+        a: Its inputs, of a convolution its images; None for an elementwise layer.
         b: Its vectors ``[g,v,n,s,o]``; by role the per-sample vectors ``[v,n,*shape]`` of an
             elementwise layer.
     """
 
     sites: tuple[Site, ...]
-    a: Tensor | OneHot | None
+    a: Tensor | OneHot | Images | None
     b: Tensor | dict[str, Tensor]
 
 
@@ -79,7 +80,7 @@ class FactorStore:
         self.dtypes: set[torch.dtype] = set()  # of what is kept
         self.held: dict[int, int] = {}  # bytes of tensors, by where they are in memory
 
-    def inputs_of(self, unit: Unit) -> Tensor | OneHot | None:
+    def inputs_of(self, unit: Unit) -> Tensor | OneHot | Images | None:
         """Return the inputs of a layer's calls if they are kept, of all data."""
         layer = self.layers.get(unit.key)
         if layer is not None and self.data is None:
@@ -88,7 +89,7 @@ class FactorStore:
                     return piece.a
         return None
 
-    def add(self, unit: Unit, inputs: Tensor | OneHot | None = None) -> int:
+    def add(self, unit: Unit, inputs: Tensor | OneHot | Images | None = None) -> int:
         """Take one layer's vectors.
 
         Args:
@@ -110,10 +111,10 @@ class FactorStore:
             self.width, a = len(next(iter(b.values()))), None
         else:
             b = self._kept(widen(unit.b), 2, data)
-            a = unit.a if inputs is None and "weight" in unit.parameters else inputs
+            a = unit.kept_a if inputs is None and "weight" in unit.parameters else inputs
             if "weight" not in unit.parameters:
                 a = b.new_empty(0)  # a bias has no need of inputs
-            elif isinstance(a, OneHot):
+            elif isinstance(a, (OneHot, Images)):
                 a = a if data is None else a.select(data)
             else:
                 a = widen(a) if data is None else widen(a[:, data])
@@ -240,8 +241,10 @@ def _zeros(piece: _Piece, width: int) -> _Piece:
     return _Piece(piece.sites, piece.a, piece.b.new_zeros(g, width, *rest))
 
 
-def _tensors(a: Tensor | OneHot | None, b: Tensor | dict[str, Tensor]) -> list[Tensor]:
+def _tensors(a: Tensor | OneHot | Images | None, b: Tensor | dict[str, Tensor]) -> list[Tensor]:
     found = list(b.values()) if isinstance(b, dict) else [b]
     if isinstance(a, OneHot):
         return [*found, a.index]
+    if isinstance(a, Images):
+        return [*found, a.x]
     return found if a is None else [*found, a]

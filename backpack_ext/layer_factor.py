@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backpack_ext.errors import RecordingError
+from backpack_ext.images import Images
 from backpack_ext.layer_gram import layer_gram, layer_grams
 from backpack_ext.normal import CHUNK, Bags, OneHot, bias_per_sample, per_sample, square_sum
 from curvature import Axes
@@ -20,7 +21,8 @@ class LayerFactor(Factor):
     """Columns ``sum_s b a`` of a weight, and ``sum_s b`` of its bias; ordered ``(v n)``, n fastest.
 
     Args:
-        a: Inputs ``[g,n,s,i]``, or one-hot inputs.
+        a: Inputs ``[g,n,s,i]``, one-hot inputs, or a convolution's images, whose patches each product
+            forms once and lets go of.
         b: Vectors ``[g,v,n,s,o]``.
         shapes: Shape of the weight, and of the bias if it belongs to the factor.
         axes: How the (whole) weight's axes form its matrix, and those of the bias.
@@ -31,7 +33,7 @@ class LayerFactor(Factor):
 
     def __init__(
         self,
-        a: Tensor | OneHot,
+        a: Tensor | OneHot | Images,
         b: Tensor,
         shapes: Sequence[torch.Size],
         axes: Sequence[Axes],
@@ -42,11 +44,11 @@ class LayerFactor(Factor):
 
     def __reduce__(self):
         """Have copies note the versions of their own tensors."""
-        return LayerFactor, (self.a, self.b, self.shapes_, self.axes, self.part)
+        return LayerFactor, (self.kept, self.b, self.shapes_, self.axes, self.part)
 
     @property
-    def a(self) -> Tensor | OneHot:
-        """Inputs ``[g,n,s,i]``, or one-hot inputs.
+    def kept(self) -> Tensor | OneHot | Images:
+        """The inputs as they are held.
 
         Raises:
             RecordingError: If they were overwritten since: they may be the user's own mini-batch.
@@ -60,6 +62,16 @@ class LayerFactor(Factor):
         return self._a
 
     @property
+    def a(self) -> Tensor | OneHot:
+        """Inputs ``[g,n,s,i]``, formed now if images are kept, or one-hot inputs.
+
+        Raises:
+            RecordingError: See `kept`.
+        """
+        kept = self.kept
+        return kept.patches() if isinstance(kept, Images) else kept
+
+    @property
     def shapes(self) -> tuple[torch.Size, ...]:
         """Shape of the weight, and of the bias."""
         return self.shapes_
@@ -71,12 +83,8 @@ class LayerFactor(Factor):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Inputs and vectors."""
-        if not isinstance(self.a, OneHot):
-            return self.b, self.a
-        bags = self.a.bags
-        found = (self.b, self.a.index, self.a.mask, bags and bags.row, bags and bags.weight)
-        return tuple(t for t in found if t is not None)
+        """Vectors and inputs, as they are held."""
+        return self.b, *_tensors(self.kept)
 
     @property
     def _bias(self) -> bool:
@@ -93,7 +101,8 @@ class LayerFactor(Factor):
         """Return ``V^T V`` and ``V^T V'``; see `Factor.gram_and`."""
         if not isinstance(other, LayerFactor) or (other.axes, other.part) != (self.axes, self.part):
             return super().gram_and(other)
-        return layer_grams(self.a, self.b, other.a, other.b, bias=self._bias)
+        a, a2 = self._both(other)
+        return layer_grams(a, self.b, a2, other.b, bias=self._bias)
 
     @without_autocast
     def _gram_with(self, other: Factor) -> Tensor:
@@ -103,9 +112,15 @@ class LayerFactor(Factor):
             if self.part is not None and other.part is not None and self.part[1] == other.part[1]:
                 return self.b.new_zeros(self.columns, other.columns)  # other rows of the weight
             return super()._gram_with(other)
-        if isinstance(self.a, OneHot) != isinstance(other.a, OneHot):
+        if isinstance(self.kept, OneHot) != isinstance(other.kept, OneHot):
             return super()._gram_with(other)
-        return layer_gram(self.a, self.b, other.a, other.b, bias=self._bias)
+        a, a2 = self._both(other)
+        return layer_gram(a, self.b, a2, other.b, bias=self._bias)
+
+    def _both(self, other: LayerFactor) -> tuple[Tensor | OneHot, Tensor | OneHot]:
+        """Return both factors' inputs; patches of the same images are formed once."""
+        a, kept = self.a, self.kept
+        return a, a if isinstance(kept, Images) and kept.same(other.kept) else other.a
 
     @without_autocast
     def explicit(self) -> tuple[Tensor, ...]:
@@ -119,19 +134,20 @@ class LayerFactor(Factor):
     def apply(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Return ``V c``; see `Factor.apply`."""
         _, v, n, s, o = self.b.shape
-        step = max(1, CHUNK // max(1, self.b.shape[0] * n * s * o))
-        pieces = [self._apply(c.reshape(-1, v, n)) for c in coefficients.to(self.b.dtype).split(step)]
+        step, a = max(1, CHUNK // max(1, self.b.shape[0] * n * s * o)), self.a
+        chunks = coefficients.to(self.b.dtype).split(step)
+        pieces = [self._apply(a, c.reshape(-1, v, n)) for c in chunks]
         return tuple(ts[0] if len(ts) == 1 else torch.cat(ts) for ts in zip(*pieces, strict=True))
 
-    def _apply(self, c: Tensor) -> tuple[Tensor, ...]:
+    def _apply(self, a: Tensor | OneHot, c: Tensor) -> tuple[Tensor, ...]:
         g, v, n, s, o = self.b.shape
         # [g, n, k, (s o)]: the vectors of each datum, combined
         cb = c.permute(2, 0, 1) @ self.b.transpose(1, 2).reshape(g, n, v, s * o)
         cb = cb.reshape(g, n, len(c), s, o)
-        if isinstance(self.a, OneHot):
-            W = b_to_tokens(self.a, cb.transpose(1, 2))
+        if isinstance(a, OneHot):
+            W = b_to_tokens(a, cb.transpose(1, 2))
         else:
-            W = cb.permute(0, 2, 4, 1, 3).reshape(g, -1, n * s) @ self.a.reshape(g, n * s, -1)
+            W = cb.permute(0, 2, 4, 1, 3).reshape(g, -1, n * s) @ a.reshape(g, n * s, -1)
             W = W.unflatten(1, (len(c), o)).transpose(0, 1)
         found = [self._placed(W, 0)]
         if self._bias:
@@ -156,17 +172,17 @@ class LayerFactor(Factor):
     def project(self, *vectors: Tensor) -> Tensor:
         """Return ``V^T w``; see `Factor.project`."""
         g, _, n, s, o = self.b.shape
-        step = max(1, CHUNK // max(1, g * n * s * o))
+        step, a = max(1, CHUNK // max(1, g * n * s * o)), self.a
         pieces = zip(*(w.split(step) for w in vectors), strict=True)
-        return torch.cat([self._project(*ws) for ws in pieces])
+        return torch.cat([self._project(a, *ws) for ws in pieces])
 
-    def _project(self, *vectors: Tensor) -> Tensor:
+    def _project(self, a: Tensor | OneHot, *vectors: Tensor) -> Tensor:
         g, v, n, s, o = self.b.shape
         W, k = self._matrix(vectors[0], 0), len(vectors[0])
-        if isinstance(self.a, OneHot):
-            z = tokens_to_b(self.a, W)[None]
+        if isinstance(a, OneHot):
+            z = tokens_to_b(a, W)[None]
         else:
-            z = self.a.reshape(g, 1, n * s, -1) @ W.permute(1, 0, 3, 2)
+            z = a.reshape(g, 1, n * s, -1) @ W.permute(1, 0, 3, 2)
         z = z.reshape(g, k, n, s, o)
         if self._bias:
             z = z + self._matrix(vectors[1], 1).permute(1, 0, 3, 2)[:, :, None]
@@ -188,33 +204,36 @@ class LayerFactor(Factor):
     def select(self, index: Tensor) -> Factor:
         """Return the factor of some columns, one per datum then."""
         v, n = index // self.b.shape[2], index % self.b.shape[2]
-        a = self.a.select(n) if isinstance(self.a, OneHot) else self.a[:, n]
+        kept = self.kept
+        a = kept[:, n] if isinstance(kept, Tensor) else kept.select(n)
         return self._with(a, self.b[:, v, n].unsqueeze(1))
 
     def folded(self) -> LayerFactor:
         """Return a factor with one column per datum, whose Gram matrix sums over equal vectors v."""
-        return self._with(self.a, self.b.movedim(1, 4).flatten(3).unsqueeze(1))
+        return self._with(self.kept, self.b.movedim(1, 4).flatten(3).unsqueeze(1))
 
     def scaled(self, scale: float) -> Factor:
         """Return a multiple of the factor."""
-        return self._with(self.a, self.b * scale)
+        return self._with(self.kept, self.b * scale)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Factor:
         """Return a factor with other tensors; see `Factor.mapped`."""
-        a = _mapped(self.a, function) if isinstance(self.a, OneHot) else function(self.a)
-        return self._with(a, function(self.b))
+        return self._with(_mapped(self.kept, function), function(self.b))
 
-    def _with(self, a: Tensor | OneHot, b: Tensor) -> LayerFactor:
+    def _with(self, a: Tensor | OneHot | Images, b: Tensor) -> LayerFactor:
         return LayerFactor(a, b, self.shapes_, self.axes, self.part)
 
 
-def _versions(a: Tensor | OneHot) -> tuple[int, ...]:
-    """Return the versions of those tensors that may be the user's."""
+def _tensors(a: Tensor | OneHot | Images) -> tuple[Tensor, ...]:
+    """Return the tensors of inputs, which may be the user's."""
     if not isinstance(a, OneHot):
-        return (a._version,)
-    bags = a.bags
-    every = (a.index, a.mask, bags and bags.row, bags and bags.weight)
-    return tuple(t._version for t in every if t is not None)
+        return (a.x if isinstance(a, Images) else a,)
+    every = (a.index, a.mask, a.bags and a.bags.row, a.bags and a.bags.weight)
+    return tuple(t for t in every if t is not None)
+
+
+def _versions(a: Tensor | OneHot | Images) -> tuple[int, ...]:
+    return tuple(t._version for t in _tensors(a))
 
 
 def b_to_tokens(a: OneHot, b: Tensor) -> Tensor:
@@ -234,7 +253,12 @@ def tokens_to_b(a: OneHot, W: Tensor) -> Tensor:
     return entries.new_zeros(len(entries), n * s, entries.shape[2]).index_add_(1, a.rows, entries)
 
 
-def _mapped(a: OneHot, function: Callable[[Tensor], Tensor]) -> OneHot:
+def _mapped(
+    a: Tensor | OneHot | Images, function: Callable[[Tensor], Tensor]
+) -> Tensor | OneHot | Images:
+    if not isinstance(a, OneHot):
+        return a.mapped(function) if isinstance(a, Images) else function(a)
+
     def new(t: Tensor | None) -> Tensor | None:
         return t if t is None else function(t)
 

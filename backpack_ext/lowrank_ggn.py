@@ -40,7 +40,9 @@ class LowRankGGN(FactorExtension):
     with the columns :math:`S_{vn}` of a root of the loss's Hessian :math:`H_n` (reduction included)
     propagated to ``b[v,n,s,o]`` at the outputs of layers with inputs ``a[n,s,i]``. Columns are ordered
     ``(v n)``, data fastest. V is never formed; what is asked for after the backward pass is computed
-    from the layers' a and b, which the object keeps.
+    from the layers' a and b, which the object keeps. Of a convolution it keeps the input, not the
+    patches a, where these are larger: each product forms them anew, one layer's at a time. Inputs are
+    not copied; if they (your mini-batch, say) are overwritten, what is asked for afterwards raises.
 
     After the backward pass, `block` (or `blocks`, by group) is the `curvature.LowRank`, and each
     parameter's ``low_rank_ggn`` is that of its group. The methods below ask it; where there are several
@@ -67,7 +69,8 @@ class LowRankGGN(FactorExtension):
         savefield: Attribute of the parameters that receives the block.
         unsupported: What to do about parameters without a rule: "raise", "warn" or "skip".
         max_columns: ``fisher="exact"`` refuses beyond that many columns per datum.
-        max_memory: How many bytes of a and b may be kept.
+        max_memory: How many bytes of a and b may be kept (of convolutions' inputs, not of patches,
+            which a product holds of one layer at a time).
         closure: Returns the loss of the same mini-batch, without calling backward. Beyond
             ``max_memory``, each product recomputes the backward pass with it, some data at a time (and
             a warning says so). Where it computes something else than the first pass (dropout, other

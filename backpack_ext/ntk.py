@@ -58,7 +58,8 @@ class NTK:
 
     Neither Jacobians nor per-sample gradients are formed as a whole: one sweep with unit vectors at
     the output brings ``b[v,n,s,o]`` to each layer, and with the layer's inputs a the kernel is that of
-    `LowRankGGN`, with another seed. Only the factors of the two sets of inputs are held.
+    `LowRankGGN`, with another seed. Only the factors of the two sets of inputs are held; those of
+    convolutions hold the layer's input, whose patches are formed for one layer at a time.
 
     Args:
         model: The model; it is extended if it is not yet. All its trainable parameters that its output

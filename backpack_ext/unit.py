@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext.errors import UnsupportedError
+from backpack_ext.images import Images
 from backpack_ext.normal import CHUNK, OneHot, bias_per_sample, cat_inputs, per_sample
 from backpack_ext.once import Once
 from backpack_ext.rules.base import InputMoment, Rule
@@ -112,6 +113,16 @@ class Unit:
             if self.cotangents and not isinstance(self._a, OneHot):
                 self._a = self._a.to(torch.promote_types(self._a.dtype, self.dtype))
         return self._a
+
+    @property
+    def kept_a(self) -> Tensor | OneHot | Images:
+        """The inputs `a`, of a convolution its images where these are smaller, of the same data type."""
+        if len(self.sites) == 1:
+            images = _rule(self.sites[0], self.rule).images(self.sites[0])
+            if images is not None and images.smaller:
+                dtype = torch.promote_types(images.x.dtype, self.dtype)
+                return images.mapped(lambda x: x.to(dtype))
+        return self.a
 
     def input_parts(self) -> Iterator[tuple[slice, Tensor | OneHot]]:
         """Yield the inputs, of some data at a time where they are large and nobody has formed them.

@@ -12,6 +12,7 @@ from backpack_ext.conv_factors.choice import product_is_faster
 from backpack_ext.conv_factors.moments import moment
 from backpack_ext.conv_factors.unfold import patches
 from backpack_ext.errors import UnsupportedError
+from backpack_ext.images import Images
 from backpack_ext.normal import Bags, OneHot
 from backpack_ext.rules.base import InputMoment, Rule, by_shape
 from backpack_ext.site import Site
@@ -109,11 +110,15 @@ class _SpatialRule(Rule):
 
     def inputs_of(self, site: Site, data: slice) -> Tensor | None:
         """Return the patches of some of the data, where each datum is one image."""
+        images = self.images(site)
+        return None if images is None else images.patches(data)
+
+    def images(self, site: Site) -> Images | None:
+        """Return the layer's own input, where each datum is one image and the inputs are its patches."""
         x = self._check(site)
         if not site.leads_with_data(len(x)) or not self._has_patches():
             return None
-        u = self._patches(site, x[data]).chunk(site.module.groups, dim=2)
-        return u[0].flatten(2) if len(u) == 1 else torch.stack([part.flatten(2) for part in u])
+        return Images(x, self._geometry(site))
 
     def _patches(self, site: Site, x: Tensor) -> Tensor:
         return patches(x, self._geometry(site))

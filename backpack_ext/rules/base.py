@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from curvature import BIAS, MATRIX, Axes
 
 if TYPE_CHECKING:
+    from backpack_ext.images import Images
     from backpack_ext.normal import OneHot
     from backpack_ext.site import Site
 
@@ -137,6 +138,13 @@ class Rule(ABC):
 
         For rules whose `inputs` are much larger than the layer's own; None by default, which stands
         for those.
+        """
+        return None
+
+    def images(self, site: Site) -> Images | None:
+        """Return the inputs as images that they can be formed of at any time.
+
+        For convolutions, of which each datum is one image; None by default, which stands for others.
         """
         return None
 
