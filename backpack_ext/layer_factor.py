@@ -140,19 +140,29 @@ class LayerFactor(Factor):
         return tuple(ts[0] if len(ts) == 1 else torch.cat(ts) for ts in zip(*pieces, strict=True))
 
     def _apply(self, a: Tensor | OneHot, c: Tensor) -> tuple[Tensor, ...]:
-        g, v, n, s, o = self.b.shape
-        # [g, n, k, (s o)]: the vectors of each datum, combined
-        cb = c.permute(2, 0, 1) @ self.b.transpose(1, 2).reshape(g, n, v, s * o)
-        cb = cb.reshape(g, n, len(c), s, o)
+        g, _, n, s, o = self.b.shape
+        # [g, n, k, (o s)] or [g, n, k, (s o)]: the vectors of each datum, combined
+        cb = c.permute(2, 0, 1) @ self._flat_b
+        cb = cb.unflatten(3, (o, s)) if self._pixels_last else cb.unflatten(3, (s, o)).mT
         if isinstance(a, OneHot):
-            W = b_to_tokens(a, cb.transpose(1, 2))
+            W = b_to_tokens(a, cb.mT.transpose(1, 2))
         else:
-            W = cb.permute(0, 2, 4, 1, 3).reshape(g, -1, n * s) @ a.reshape(g, n * s, -1)
+            W = cb.permute(0, 2, 3, 1, 4).reshape(g, -1, n * s) @ a.reshape(g, n * s, -1)
             W = W.unflatten(1, (len(c), o)).transpose(0, 1)
         found = [self._placed(W, 0)]
         if self._bias:
-            found.append(self._placed(cb.sum((1, 3)).transpose(0, 1).unsqueeze(3), 1))
+            found.append(self._placed(cb.sum((1, 4)).transpose(0, 1).unsqueeze(3), 1))
         return tuple(found)
+
+    @property
+    def _pixels_last(self) -> bool:
+        """Whether positions come last in memory, as in the vectors of convolutions."""
+        return self.b.stride(3) == 1
+
+    @property
+    def _flat_b(self) -> Tensor:
+        """The vectors of each datum as in memory, not copied: ``[g,n,v,(o s)]`` or ``[g,n,v,(s o)]``."""
+        return (self.b.mT if self._pixels_last else self.b).transpose(1, 2).flatten(3)
 
     def _placed(self, m: Tensor, role: int) -> Tensor:
         """Bring ``[k,g,o,i]`` to the parameter's shape."""
@@ -180,14 +190,17 @@ class LayerFactor(Factor):
         g, v, n, s, o = self.b.shape
         W, k = self._matrix(vectors[0], 0), len(vectors[0])
         if isinstance(a, OneHot):
-            z = tokens_to_b(a, W)[None]
+            z = tokens_to_b(a, W)[None].unflatten(2, (n, s)).movedim(4, 2)
+        elif self._pixels_last:
+            z = W.transpose(0, 1).flatten(1, 2) @ a.reshape(g, n * s, -1).mT
+            z = z.reshape(g, k, o, n, s)
         else:
             z = a.reshape(g, 1, n * s, -1) @ W.permute(1, 0, 3, 2)
-        z = z.reshape(g, k, n, s, o)
+            z = z.reshape(g, k, n, s, o).movedim(4, 2)
         if self._bias:
-            z = z + self._matrix(vectors[1], 1).permute(1, 0, 3, 2)[:, :, None]
-        z = z.transpose(1, 2).reshape(g, n, k, s * o)
-        out = (z @ self.b.permute(0, 2, 3, 4, 1).reshape(g, n, s * o, v)).sum(0)
+            z = z + self._matrix(vectors[1], 1).transpose(0, 1).unsqueeze(4)
+        z = z.permute(0, 3, 1, 2, 4)  # [g, n, k, o, s]
+        out = ((z if self._pixels_last else z.mT).flatten(3) @ self._flat_b.mT).sum(0)
         return out.permute(1, 2, 0).reshape(k, v * n)
 
     @without_autocast

@@ -215,6 +215,21 @@ def test_products(name: str):
 
 
 @every_convolution
+def test_products_do_not_copy_vectors(name: str):
+    """Those of convolutions have pixels last in memory."""
+    factor = factor_of(*made(name))
+    assert factor._pixels_last and factor._flat_b.data_ptr() == factor.b.data_ptr()
+    linear = factor_of(Net(nn.Linear(5, 4)), torch.randn(N, 3, 5))
+    assert not linear._pixels_last and linear._flat_b.data_ptr() == linear.b.data_ptr()
+    # with both in another order in memory, the products are the same
+    swapped = LayerFactor(factor.kept, factor.b.contiguous(), factor.shapes, factor.axes)
+    c, w = torch.randn(4, factor.columns), [torch.randn(4, *shape) for shape in factor.shapes]
+    assert swapped._pixels_last == (factor.b.shape[4] == 1)
+    close(swapped.project(*w), factor.project(*w))
+    close(rows(swapped.apply(c)), rows(factor.apply(c)))
+
+
+@every_convolution
 def test_subsets(name: str):
     """Images of the chosen data are kept, in the order asked for."""
     net, x = made(name)
