@@ -77,12 +77,13 @@ class FactorRows:
         return self.inputs(stack_inputs(units))
 
     def keep(self, unit: Unit) -> bool:
-        """Keep the rows of a layer only, if they are one per datum; see `Extension.bring_to_rows`."""
-        if self.approx == "expand" or unit.sites[0].sharing is not None or self.is_one_hot(unit):
+        """Keep a row per datum of a layer only, if that is less; see `Extension.bring_to_rows`."""
+        if self.approx == "expand" or unit.sites[0].sharing is not None or unit.b.shape[3] == 1:
+            return False
+        if self.is_one_hot(unit):
             return False
         means = self.inputs_of([unit]) if "weight" in unit.parameters else None
-        b = self.cast(unit.b)
-        unit.keep_rows(means, b if b.shape[3] == 1 else b.sum(3, keepdim=True))
+        unit.keep_rows(means, self.cast(unit.b).sum(3, keepdim=True))
         return True
 
     def moments_of(self, units: Sequence[Unit], with_sum: bool) -> list[InputMoment] | None:

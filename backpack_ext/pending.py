@@ -20,6 +20,7 @@ class Pending:
     """
 
     SMALL = 2**14  # entries of input and output of a layer that is worth joining
+    ROWS = 2**14  # entries of the rows of a layer that is worth joining
     LIMIT = 2**22  # entries that may wait
 
     def __init__(self, rows: bool = False):
@@ -45,13 +46,12 @@ class Pending:
         return True
 
     def add_rows(self, unit: Unit) -> None:
-        """Have a layer that was brought to rows wait for those of equal shape."""
-        key = (unit.rule, *unit.parameters, unit.b.shape, unit.b.dtype)
-        self.size += unit.b.numel()
+        """Have a layer that was brought to rows wait, for those of equal shape if its rows are few."""
+        key, size = (unit.rule, *unit.parameters, unit.b.shape, unit.b.dtype), unit.b.numel()
         if unit.mean_a is not None:
-            key = (*key, unit.mean_a.shape, unit.mean_a.dtype, unit.positions == 1)
-            self.size += unit.mean_a.numel()
-        self.units.setdefault(key, []).append(unit)
+            key, size = (*key, unit.mean_a.shape, unit.mean_a.dtype), size + unit.mean_a.numel()
+        self.units.setdefault(key if size <= self.ROWS else (id(unit),), []).append(unit)
+        self.size += size
 
     @property
     def full(self) -> bool:

@@ -54,15 +54,18 @@ def factors(model, ext):
 @pytest.fixture
 def handed_over(monkeypatch):
     """Names of the layers that KFAC was given at a time, and how many of them as rows."""
-    found, absorb_all = [], KFAC.absorb_all
+    found = []
+    monkeypatch.setattr(KFAC, "absorb_all", counting(found))
+    monkeypatch.setattr(Pending, "SMALL", 0)
+    return found
 
+
+def counting(found, absorb_all=KFAC.absorb_all):
     def counted(ext, store, units):
         found.append(([u.sites[0].name for u in units], sum(u.only_rows for u in units)))
         absorb_all(ext, store, units)
 
-    monkeypatch.setattr(KFAC, "absorb_all", counted)
-    monkeypatch.setattr(Pending, "SMALL", 0)
-    return found
+    return counted
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "mc"])
@@ -71,11 +74,15 @@ def test_layers_wait_for_those_of_equal_shape(fisher, handed_over, monkeypatch):
     with backpack(KFAC("reduce", fisher)):
         loss().backward()
     convs = [f"convs.{k}" for k in (2, 1, 0)]
-    # norms have no rows, and do not wait; the head has one position, a bias alone no inputs
-    expected = [(["norm"], 0), (["head"], 1), (["layers.2", "layers.0"], 2), (["layers.1"], 1)]
+    # norms and layers of one position have no rows, and do not wait; a bias alone has no inputs
+    expected = [(["head"], 0), (["norm"], 0), (["layers.2", "layers.0"], 2), (["layers.1"], 1)]
     assert handed_over == [*expected, (convs, 3)]
-    for limit, number in ((0, 8), (4 * N * 4, 7)):  # what waits is bounded
-        monkeypatch.setattr(Pending, "LIMIT", limit)
+    # what waits is bounded, and layers with many rows are not joined
+    for name, limit, number in (("LIMIT", 0, 8), ("LIMIT", 4 * N * 4, 6), ("ROWS", N * 8, 7)):
+        monkeypatch.undo()
+        monkeypatch.setattr(Pending, "SMALL", 0)
+        monkeypatch.setattr(Pending, name, limit)
+        monkeypatch.setattr(KFAC, "absorb_all", counting(handed_over))
         handed_over.clear()
         with backpack(KFAC("reduce", fisher)):
             loss().backward()
@@ -140,7 +147,7 @@ def test_inputs_and_vectors_are_let_go(handed_over, monkeypatch):
     assert (
         sizes["convs.1"] == N * (4 + 4 * 3) and sizes["layers.0"] == N * 8 and sizes["layers.1"] == N * 4
     )
-    assert positions == {name: 1 if name == "head" else T for name in sizes}
+    assert positions == dict.fromkeys(sizes, T) and "head" not in sizes
 
 
 def test_errors_name_the_layer(monkeypatch):
