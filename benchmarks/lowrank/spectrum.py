@@ -31,6 +31,7 @@ from benchmarks.timing import Variant
 
 TOP = 10
 DAMPING = 1.0
+MATVECS = 10
 
 
 def _exact(shapes: Shapes) -> list[Product]:
@@ -65,6 +66,11 @@ def _directional(ggn: LowRankGGN) -> tuple[Tensor, Tensor]:
     return pairs.directional_gradients(), pairs.directional_curvatures()
 
 
+def _matvecs(ggn: LowRankGGN) -> list[dict]:
+    vector = {p: p.detach() for parameters in ggn.parameters.values() for p in parameters}
+    return [ggn.matvec(vector) for _ in range(MATVECS)]
+
+
 PAIRS = f"top {TOP} eigenpairs"
 ROWS = (
     Row(
@@ -92,6 +98,7 @@ ROWS = (
         lambda ggn: ggn.newton_step(DAMPING, k=TOP),
         products=lambda s: _exact(s) + s.each("weight_product"),
     ),
+    Row(f"{MATVECS} products with a vector", _matvecs, {"gradients": False}),
     Row(
         "one MC sample: spectrum",
         lambda ggn: ggn.eigvalsh(),
