@@ -1,9 +1,9 @@
-"""``python -m benchmarks.by_hand``: our steps beside steps that are written for the MLP alone.
+"""``python -m benchmarks.by_hand``: our steps beside steps that are written by hand.
 
 The counted floor has products that are timed again and again, results in the cache. Steps written by
-hand compute the same results within a training step, with hooks on five tensors, and know the network:
-what they take more than the floor is memory, what ours take more than they is generality. Results are
-compared before anything is timed.
+hand compute the same results within a training step, with a hook per layer and nothing else, and know
+the network (`benchmarks.hand_written`): what they take more than the floor is memory and autograd, what
+ours take more than they is generality. Results are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from backpack_ext import KFAC, DiagGGN, SumGradSquared, backpack, extend
+from benchmarks.cores import crossing
 from benchmarks.floor import operands, shapes_of
+from benchmarks.hand_written import Chain, Graph
 from benchmarks.models import PROBLEMS
 from benchmarks.report import machine
 from benchmarks.rows import ROWS
 from benchmarks.timing import Variant, interleave, summary
 
 PATH = Path(__file__).parent / "results" / "by-hand-cpu.json"
-NAMES = (
-    *("KFAC expand mc", "KFAC expand mc, formed", "KFAC expand empirical, formed"),
-    *("SumGradSquared", "DiagGGN mc"),
-)
+NAMES = {
+    "mlp": (
+        *("KFAC expand mc", "KFAC expand mc, formed", "KFAC expand empirical, formed"),
+        *("SumGradSquared", "DiagGGN mc"),
+    ),
+    "cnn": ("KFAC expand mc", "KFAC reduce mc", "KFAC reduce empirical"),
+    "vit": ("KFAC expand mc", "KFAC reduce mc", "KFAC reduce empirical"),
+}
 
 
 def _extension(name: str, generator: torch.Generator):
@@ -38,56 +43,8 @@ def _extension(name: str, generator: torch.Generator):
         return DiagGGN("mc", generator=generator)
     keep = "factor" if name.endswith("formed") else "root"
     fisher = "mc" if " mc" in name else "empirical"
-    return KFAC("expand", fisher, keep=keep, generator=generator)
-
-
-class ByHand:
-    """The results of one row for a chain of linear layers and ReLUs, mean cross-entropy.
-
-    Args:
-        name: The row.
-        model: The network.
-        x: The inputs.
-        y: The labels.
-        sample: Returns the sampled vectors at the logits, ``[N, C]``.
-    """
-
-    def __init__(self, name: str, model: nn.Sequential, x: Tensor, y: Tensor, sample: Callable):
-        self.name, self.model, self.x, self.y, self.sample = name, model, x, y, sample
-        self.loss_fn = nn.CrossEntropyLoss()
-
-    def __call__(self) -> None:
-        """Run a step; leave the gradient and the results, ``weight.by_hand`` and ``bias.by_hand``."""
-        calls, h = [], self.x
-        own = "mc" not in self.name
-        for layer in self.model:
-            a, h = h, layer(h)
-            if isinstance(layer, nn.Linear):
-                calls.append((layer, a.detach()))
-                if own:
-                    h.register_hook(lambda g, layer=layer, a=a: self._leave(layer, a, g))
-        self.loss_fn(h, self.y).backward()
-        if own:
-            return
-        with torch.no_grad():
-            b = self.sample(h)
-            for layer, a in reversed(calls):
-                self._leave(layer, a, b)
-                if layer is not calls[0][0]:
-                    b = (b @ layer.weight).masked_fill_(a == 0, 0)
-
-    @torch.no_grad()
-    def _leave(self, layer: nn.Linear, a: Tensor, b: Tensor) -> None:
-        weight, bias = layer.weight, layer.bias
-        if self.name.startswith("KFAC"):
-            if self.name.endswith("formed"):
-                scale = len(a) if "empirical" in self.name else 1
-                found = (b * scale).T @ b, a.T @ (a / len(a))
-            else:
-                found = b.clone(), a * len(a) ** -0.5
-            weight.by_hand = bias.by_hand = found
-        else:
-            weight.by_hand, bias.by_hand = b.square().T @ a.square(), b.square().sum(0)
+    approx = "reduce" if "reduce" in name else "expand"
+    return KFAC(approx, fisher, keep=keep, generator=generator)
 
 
 def _same(name: str, model: nn.Module, hand: nn.Module) -> None:
@@ -100,17 +57,14 @@ def _same(name: str, model: nn.Module, hand: nn.Module) -> None:
         if field != "kfac":
             torch.testing.assert_close(ours, theirs)
             continue
-        B, A = ours
-        if not name.endswith("formed"):
-            theirs = tuple(t.T @ t for t in theirs)
-        torch.testing.assert_close(B, theirs[0])
-        if p.dim() == 2:
-            torch.testing.assert_close(A, theirs[1])
+        for k, (one, (t, root)) in enumerate(zip(ours, theirs, strict=True)):
+            if k == 0 or p.dim() > 1:  # a bias has no A
+                torch.testing.assert_close(one, t.T @ t if root else t, rtol=1e-4, atol=1e-6)
 
 
-def _steps(name: str) -> dict[str, Variant]:
+def _steps(key: str, name: str) -> dict[str, Variant]:
     """Return our step and the one written by hand, once they are known to agree."""
-    problem = PROBLEMS["mlp"]("cpu")
+    problem = PROBLEMS[key]("cpu")
     hand, model = copy.deepcopy(problem.model), extend(problem.model)
     loss_fn, x, y = extend(nn.CrossEntropyLoss()), problem.x, problem.y
     extension = _extension(name, torch.Generator().manual_seed(0))
@@ -128,7 +82,7 @@ def _steps(name: str) -> dict[str, Variant]:
         drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=q.shape[1] - 1)
         return q.scatter_add(1, drawn, torch.full_like(u, -1.0)).mul_(len(q) ** -0.5)
 
-    step = ByHand(name, hand, x, y, sample)
+    step = (Chain if key == "mlp" else Graph)(name, hand, x, y, sample)
     ours()
     step()
     _same(name, model, hand)
@@ -146,34 +100,42 @@ def _clear(model: nn.Module) -> None:
                 delattr(p, field)
 
 
-def measure(seconds: float) -> dict:
-    """Return the median ratios to a plain step of ours, of the steps by hand, and of the floors."""
-    problem, loss_fn = PROBLEMS["mlp"]("cpu"), nn.CrossEntropyLoss()
+def measure(key: str, seconds: float) -> dict:
+    """Return quartiles of ratios to a plain step: ours, the steps by hand, and the floors."""
+    problem, loss_fn = PROBLEMS[key]("cpu"), nn.CrossEntropyLoss()
     shapes = shapes_of(problem.model, problem.x)
     plain = Variant(
         lambda: loss_fn(problem.model(problem.x), problem.y).backward(), lambda: _clear(problem.model)
     )
     variants = {"plain": plain}
-    for row in (row for row in ROWS if row.name in NAMES):
-        for who, variant in _steps(row.name).items():
+    for row in (row for row in ROWS if row.name in NAMES[key]):
+        for who, variant in _steps(key, row.name).items():
             variants[row.name, who] = variant
         products = [p.prepare(operands("cpu")) for p in row.products(shapes)]
         variants[row.name, "floor"] = Variant(lambda products=products: [p() for p in products])
     for variant in variants.values():
         variant.warm_up(lambda: None)
+    before = crossing("cpu")
     times = interleave(variants, "plain", lambda: None, seconds, (3, 10_000))
-    found = {name: {} for name in NAMES}
+    found = {name: {} for name in NAMES[key]}
     for name, who in (key for key in times if key != "plain"):
         ratios = [t / p for t, p in zip(times[name, who], times["plain"], strict=True)]
         found[name][who] = [round(q + (who == "floor"), 3) for q in summary(ratios)]
-    return {"plain_ms": round(1e3 * summary(times["plain"])[1], 3), "rows": found}
+    return {
+        "title": problem.title,
+        "plain_ms": round(1e3 * summary(times["plain"])[1], 3),
+        "rounds": len(times["plain"]),
+        "crossing": [before, crossing("cpu")],
+        "rows": found,
+    }
 
 
 def table(found: dict) -> str:
-    """Return the medians as a reStructuredText table."""
+    """Return the medians of all problems as a reStructuredText table."""
     rows = [
-        (name, *(f"{r[who][1]:.2f}" for who in ("ours", "by hand", "floor")))
-        for name, r in found.items()
+        (f"{problem['title']}: {name}", *(f"{r[who][1]:.2f}" for who in ("ours", "by hand", "floor")))
+        for problem in found.values()
+        for name, r in problem["rows"].items()
     ]
     rows.insert(0, ("time / plain step", "ours", "by hand", "counted floor"))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
@@ -187,17 +149,17 @@ def table(found: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, store JSON."""
     parser = argparse.ArgumentParser("python -m benchmarks.by_hand", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each of three networks")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=PATH, help="JSON")
     given = parser.parse_args(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(given.threads)
-    found = measure(given.seconds)
-    torch.set_num_threads(threads)
-    print(table(found["rows"]))
+    found = {key: measure(key, given.seconds) for key in NAMES}
     about = {**machine("cpu"), "threads": given.threads}
-    given.output.write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
+    torch.set_num_threads(threads)
+    print(table(found))
+    given.output.write_text(json.dumps({"machine": about, "problems": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -204,12 +204,12 @@ def test_steps_by_hand(tmp_path, capsys):
     """They leave what ours leave, or nothing is timed."""
     path = tmp_path / "by-hand.json"
     by_hand.main(["--seconds", "0", "--threads", "1", "--output", str(path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert tuple(rows) == by_hand.NAMES and all(
-        set(r) == {"ours", "by hand", "floor"} for r in rows.values()
-    )
-    assert by_hand.table(rows) in capsys.readouterr().out
-    stored = json.loads(by_hand.PATH.read_text())["rows"]
+    found = json.loads(path.read_text())["problems"]
+    assert {key: tuple(p["rows"]) for key, p in found.items()} == by_hand.NAMES
+    for problem in found.values():
+        assert all(set(row) == {"ours", "by hand", "floor"} for row in problem["rows"].values())
+    assert by_hand.table(found) in capsys.readouterr().out
+    stored = json.loads(by_hand.PATH.read_text())["problems"]
     assert by_hand.table(stored) in README.read_text()
 
 
