@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backpack_ext.images import Images
-from backpack_ext.layer_factor import LayerFactor
+from backpack_ext.layer_factor import LayerFactor, versions_of
 from backpack_ext.normal import OneHot
 from backpack_ext.site import Site
 from backpack_ext.unit import Unit
@@ -27,11 +27,13 @@ class _Piece:
         a: Its inputs, of a convolution its images; None for an elementwise layer.
         b: Its vectors ``[g,v,n,s,o]``; by role the per-sample vectors ``[v,n,*shape]`` of an
             elementwise layer.
+        versions: Those of the inputs' tensors when they were read.
     """
 
     sites: tuple[Site, ...]
     a: Tensor | OneHot | Images | None
     b: Tensor | dict[str, Tensor]
+    versions: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -49,6 +51,13 @@ class _Layer:
     axes: dict[str, Axes]
     parts: dict[str, tuple[int, int]]
     pieces: dict[int, _Piece] = field(default_factory=dict)
+
+    def inputs_of(self, sites: Sequence[Site]) -> Tensor | OneHot | Images | None:
+        """Return the inputs of some calls if a chunk has brought them."""
+        for piece in self.pieces.values():
+            if piece.sites == tuple(sites):
+                return piece.a
+        return None
 
     def placed(self, role: str, m: Tensor) -> Tensor:
         """Bring ``[...,g,o,i]`` to the parameter's shape, zero outside of the part used."""
@@ -83,11 +92,7 @@ class FactorStore:
     def inputs_of(self, unit: Unit) -> Tensor | OneHot | Images | None:
         """Return the inputs of a layer's calls if they are kept, of all data."""
         layer = self.layers.get(unit.key)
-        if layer is not None and self.data is None:
-            for piece in layer.pieces.values():
-                if piece.sites == tuple(unit.sites):
-                    return piece.a
-        return None
+        return None if layer is None or self.data is not None else layer.inputs_of(unit.sites)
 
     def add(self, unit: Unit, inputs: Tensor | OneHot | Images | None = None) -> int:
         """Take one layer's vectors.
@@ -110,16 +115,18 @@ class FactorStore:
             b = {role: self._kept(widen(unit.grads(role)), 1, data) for role in unit.parameters}
             self.width, a = len(next(iter(b.values()))), None
         else:
-            b = self._kept(widen(unit.b), 2, data)
-            a = unit.kept_a if inputs is None and "weight" in unit.parameters else inputs
-            if "weight" not in unit.parameters:
+            b, a = self._kept(widen(unit.b), 2, data), layer.inputs_of(unit.sites)  # of another chunk
+            if a is None and "weight" not in unit.parameters:
                 a = b.new_empty(0)  # a bias has no need of inputs
-            elif isinstance(a, (OneHot, Images)):
-                a = a if data is None else a.select(data)
-            else:
-                a = widen(a) if data is None else widen(a[:, data])
+            elif a is None:
+                a = unit.kept_a if inputs is None else inputs
+                if isinstance(a, (OneHot, Images)):
+                    a = a if data is None else a.select(data)
+                else:
+                    a = widen(a) if data is None else widen(a[:, data])
             self.width = b.shape[1]
-        layer.pieces[len(self.widths)] = _Piece(tuple(unit.sites), a, b)
+        known = () if a is None else versions_of(a)
+        layer.pieces[len(self.widths)] = _Piece(tuple(unit.sites), a, b, known)
         tensors = _tensors(a, b)
         self.dtypes.update(t.dtype for t in tensors if t.is_floating_point())
         return self._more(tensors)
@@ -220,7 +227,7 @@ class FactorStore:
             for piece, b in zip(pieces, joined.split(widths, dim=1), strict=True):
                 piece.b = b
         axes = [layer.axes[role] for role in roles]
-        return LayerFactor(first.a, joined, shapes, axes, layer.parts.get("weight"))
+        return LayerFactor(first.a, joined, shapes, axes, layer.parts.get("weight"), first.versions)
 
 
 def _joins(layer: _Layer, bias: nn.Parameter | None, uses: dict[int, list]) -> bool:
@@ -238,7 +245,7 @@ def _zeros(piece: _Piece, width: int) -> _Piece:
         rows = {role: t.new_zeros(width, *t.shape[1:]) for role, t in piece.b.items()}
         return _Piece(piece.sites, None, rows)
     g, _, *rest = piece.b.shape
-    return _Piece(piece.sites, piece.a, piece.b.new_zeros(g, width, *rest))
+    return _Piece(piece.sites, piece.a, piece.b.new_zeros(g, width, *rest), piece.versions)
 
 
 def _tensors(a: Tensor | OneHot | Images | None, b: Tensor | dict[str, Tensor]) -> list[Tensor]:

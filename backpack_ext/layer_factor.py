@@ -27,6 +27,7 @@ class LayerFactor(Factor):
         shapes: Shape of the weight, and of the bias if it belongs to the factor.
         axes: How the (whole) weight's axes form its matrix, and those of the bias.
         part: Which part ``(k, G)`` of its parameters the layer is; None for the whole.
+        versions: Those of the inputs' tensors when they were read; as they are now by default.
     """
 
     __slots__ = ("_a", "_version", "axes", "b", "part", "shapes_")
@@ -38,9 +39,10 @@ class LayerFactor(Factor):
         shapes: Sequence[torch.Size],
         axes: Sequence[Axes],
         part: tuple[int, int] | None = None,
+        versions: tuple[int, ...] | None = None,
     ):
         self._a, self.b, self.shapes_, self.axes, self.part = a, b, tuple(shapes), tuple(axes), part
-        self._version = _versions(a)
+        self._version = versions_of(a) if versions is None else versions
 
     def __reduce__(self):
         """Have copies note the versions of their own tensors."""
@@ -53,7 +55,7 @@ class LayerFactor(Factor):
         Raises:
             RecordingError: If they were overwritten since: they may be the user's own mini-batch.
         """
-        if _versions(self._a) != self._version:
+        if versions_of(self._a) != self._version:
             raise RecordingError(
                 f"The inputs of a layer with a weight of shape {tuple(self.shapes_[0])} were modified "
                 "in place after the backward pass; what is asked for now would be that of other data. "
@@ -245,7 +247,8 @@ def _tensors(a: Tensor | OneHot | Images) -> tuple[Tensor, ...]:
     return tuple(t for t in every if t is not None)
 
 
-def _versions(a: Tensor | OneHot | Images) -> tuple[int, ...]:
+def versions_of(a: Tensor | OneHot | Images) -> tuple[int, ...]:
+    """Return how often the tensors of inputs were modified in place."""
     return tuple(t._version for t in _tensors(a))
 
 

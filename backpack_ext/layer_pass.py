@@ -357,7 +357,7 @@ class LayerPass(Receiver):
             layers = [([site], [g])]
             if pending.rows and self._bring_to_rows(extensions[0], pending, site, g):
                 if pending.full:
-                    self._flush_rows(extensions, pending)
+                    self._flush_small(extensions, pending)
             else:
                 self._absorb(extensions, layers)
             self._release(extensions, layers)
@@ -371,25 +371,30 @@ class LayerPass(Receiver):
         with self._quiet(g):
             if not ext.bring_to_rows(unit):
                 return False
+        self._make_room(ext, unit)
         pending.add_rows(unit)
         return True
+
+    def _make_room(self, ext: Extension, unit: Unit) -> None:
+        """Forget old results: less memory, and none of it fresh; a pass that fails leaves none."""
+        if self.publish:
+            for p in unit.parameters.values():
+                p.__dict__.pop(ext.savefield, None)
 
     def _flush(self, extensions, pending: Pending) -> None:
         """Absorb what is pending: the calls of one layer together, then layers of equal shape."""
         self._flush_small(extensions, pending)
-        self._flush_rows(extensions, pending)
         for sites, gs in pending.take_shared():
             self._absorb(extensions, [(sites, gs)])
         for ext in extensions:
             ext.settle(self.stores[ext])
 
     def _flush_small(self, extensions, pending: Pending) -> None:
-        for layers in pending.take_small():
+        small, rows = pending.take_small()
+        for layers in small:
             self._absorb(extensions, layers)
             self._release(extensions, layers)
-
-    def _flush_rows(self, extensions, pending: Pending) -> None:
-        for units in pending.take_rows():
+        for units in rows:
             with self._quiet(units[0].b):
                 self._hand_over(extensions[0], units, False)
 
@@ -416,11 +421,8 @@ class LayerPass(Receiver):
 
     def _hand_over(self, ext: Extension, units: list[Unit], gradient: bool) -> None:
         """Hand layers of equal shape to an extension."""
-        if self.publish:
-            # an old result makes room for the new one: less memory, and none of it fresh
-            for unit in units:
-                for p in unit.parameters.values():
-                    p.__dict__.pop(ext.savefield, None)
+        for unit in units:
+            self._make_room(ext, unit)
         if gradient:
             ext.absorb_gradient(self.stores[ext], units)
         else:

@@ -41,8 +41,9 @@ class LowRankGGN(FactorExtension):
     propagated to ``b[v,n,s,o]`` at the outputs of layers with inputs ``a[n,s,i]``. Columns are ordered
     ``(v n)``, data fastest. V is never formed; what is asked for after the backward pass is computed
     from the layers' a and b, which the object keeps. Of a convolution it keeps the input, not the
-    patches a, where these are larger: each product forms them anew, one layer's at a time. Inputs are
-    not copied; if they (your mini-batch, say) are overwritten, what is asked for afterwards raises.
+    patches a, where these are larger: each product forms them anew, one layer's at a time. Of the
+    mini-batch it keeps a copy there. Other layers' inputs are not copied: once they are overwritten
+    in place, what is asked for raises (through ``.data`` or NumPy that goes unnoticed).
 
     After the backward pass, `block` (or `blocks`, by group) is the `curvature.LowRank`, and each
     parameter's ``low_rank_ggn`` is that of its group. The methods below ask it; where there are several

@@ -39,7 +39,7 @@ class Pending:
         if size > self.SMALL:
             return False
         shapes = [p.shape for p in site.parameters.values()]
-        key = (type(site.module), site.rule, site.in_shape, site.in_dtype, g.shape, g.dtype)
+        key = (type(site.module), site.rule, site.in_shape, site.in_dtype, g.shape, g.dtype, g.device)
         key = (*key, site.broadcast, site.batch_axis)
         self.small.setdefault((*key, *shapes, *site.parameters), []).append(([site], [g]))
         self.size += size
@@ -47,7 +47,8 @@ class Pending:
 
     def add_rows(self, unit: Unit) -> None:
         """Have a layer that was brought to rows wait, for those of equal shape if its rows are few."""
-        key, size = (unit.rule, *unit.parameters, unit.b.shape, unit.b.dtype), unit.b.numel()
+        b, roles = unit.b, tuple(unit.parameters)
+        key, size = (unit.rule, roles, b.shape, b.dtype, b.device), b.numel()
         if unit.mean_a is not None:
             key, size = (*key, unit.mean_a.shape, unit.mean_a.dtype), size + unit.mean_a.numel()
         self.units.setdefault(key if size <= self.ROWS else (id(unit),), []).append(unit)
@@ -58,15 +59,15 @@ class Pending:
         """Whether enough layers wait."""
         return self.size > self.LIMIT
 
-    def take_small(self):
-        """Return the waiting small layers, those of equal shape together, and forget them."""
-        groups, self.small, self.size = list(self.small.values()), {}, 0
-        return groups
+    def take_small(self) -> tuple[list[list[tuple[list[Site], list[Tensor]]]], list[list[Unit]]]:
+        """Return what waits, layers of equal shape together, and forget it.
 
-    def take_rows(self) -> list[list[Unit]]:
-        """Return the waiting layers that were brought to rows, likewise."""
-        groups, self.units, self.size = list(self.units.values()), {}, 0
-        return groups
+        Returns:
+            The small layers, and those that were brought to rows.
+        """
+        found = list(self.small.values()), list(self.units.values())
+        self.small, self.units, self.size = {}, {}, 0
+        return found
 
     def take_shared(self):
         """Return the waiting calls, those of one layer together, and forget them."""

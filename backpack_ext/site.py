@@ -59,6 +59,7 @@ class Site:
         error: Why this call cannot be treated, raised if an extension needs it.
         broadcast: Whether the output is shared by all data (set when the graph is walked).
         mode: Whether a module that is not torch's own was in training mode; None for torch's.
+        computed: Whether the network computed the input by operations that autograd recorded.
         depends_on_parameters: Whether an input requires a gradient.
         note: What the rule noted in the forward, besides the input (running statistics, say).
         checks: How many checks each reading of this layer's rows still needs, see `reading`; and
@@ -80,6 +81,7 @@ class Site:
         "batch_axis",
         "broadcast",
         "checks",
+        "computed",
         "depends_on_parameters",
         "error",
         "in_dtype",
@@ -118,7 +120,7 @@ class Site:
     ):
         self.module, self.name, self.rule, self.parameters = module, name, rule, parameters
         self._recorded = parameters
-        self.depends_on_parameters = x.requires_grad
+        self.depends_on_parameters, self.computed = x.requires_grad, x.grad_fn is not None
         x = x if as_read is None else as_read
         self.x = x.detach() if keeps_input and saved is None else None
         self._saved, self._version = saved, x._version

@@ -116,12 +116,17 @@ class Unit:
 
     @property
     def kept_a(self) -> Tensor | OneHot | Images:
-        """The inputs `a`, of a convolution its images where these are smaller, of the same data type."""
+        """The inputs `a` to be kept; of a convolution its images where these are smaller.
+
+        Images that the network did not compute may be the user's mini-batch, which the next one may
+        overwrite: they are copied, which takes less memory than patches.
+        """
+        site = self.sites[0]
         if len(self.sites) == 1:
-            images = _rule(self.sites[0], self.rule).images(self.sites[0])
+            images = _rule(site, self.rule).images(site)
             if images is not None and images.smaller:
-                dtype = torch.promote_types(images.x.dtype, self.dtype)
-                return images.mapped(lambda x: x.to(dtype))
+                dtype, own = torch.promote_types(images.x.dtype, self.dtype), site.computed
+                return images.mapped(lambda x: x.to(dtype, copy=not own))
         return self.a
 
     def input_parts(self) -> Iterator[tuple[slice, Tensor | OneHot]]:

@@ -114,8 +114,14 @@ def passed(net: nn.Module, x: Tensor, *others, **options) -> LowRankGGN:
 @every_convolution
 def test_the_input_itself_is_kept(name: str):
     net, x = made(name)
+    seen = []
+    net.conv.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     factor = factor_of(net, x)
-    assert isinstance(factor.kept, Images) and factor.kept.x.data_ptr() == x.data_ptr()
+    assert isinstance(factor.kept, Images) and torch.equal(factor.kept.x, x)
+    # a copy of the mini-batch, which the next one may overwrite; what the network computes as it is
+    assert factor.kept.x.data_ptr() != x.data_ptr()
+    computed = factor_of(net, (x * torch.ones(1, requires_grad=True)))
+    assert computed.kept.x.data_ptr() == seen[1].data_ptr()
     assert factor.tensors[0] is factor.b and factor.tensors[1] is factor.kept.x
     assert factor.nbytes == 8 * (x.numel() + factor.b.numel()) and factor.a.numel() > x.numel()
 
@@ -144,7 +150,13 @@ def test_the_bytes_that_count_are_those_of_images(beside: bool):
 def test_images_that_two_layers_read_are_counted_once():
     net, x = made()
     both = nn.ModuleList([net, copy.deepcopy(net)])
-    both.forward = lambda x: both[0](x) - both[1](x)
+    one = torch.ones(1, requires_grad=True)
+
+    def forward(x):
+        h = x * one  # computed, and so not copied
+        return both[0](h) - both[1](h)
+
+    both.forward = forward
     size = 8 * (x.numel() + 2 * net.conv(x).numel())
     passed(both, x, max_memory=size, fisher="mc", gradients=False)
     with pytest.raises(UnsupportedError, match="max_memory"):
@@ -315,11 +327,50 @@ def test_other_data_types():
     ],
 )
 def test_images_that_are_overwritten(ask: Callable):
+    """Those that the network computed are the network's; of the mini-batch there is a copy."""
     net, x = made()
-    block = passed(net, x).block
-    x.copy_(torch.randn_like(x))
+    block, expected = passed(net, x).block, passed(net, x).block.gram()
+    h = x * torch.ones(1, requires_grad=True)
+    other = passed(net, h).block
+    for t in (x, h.detach()):
+        t.copy_(torch.randn_like(t))
+    ask(block)
+    close(block.gram(), expected)
     with pytest.raises(RecordingError, match="modified in place"):
-        ask(block)
+        ask(other)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+@pytest.mark.parametrize("layer", [lambda: nn.Conv1d(2, 3, 3, padding=1), lambda: nn.Linear(6, 3)])
+def test_inputs_that_a_hook_overwrites_in_the_pass(layer: Callable, fisher: str):
+    """Columns come before the gradient does: an adversarial step is taken in between."""
+    net = nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(C))
+    h = torch.randn(N, 2, 6, requires_grad=True) * 1
+    net(h)
+
+    def attack(g: Tensor) -> None:
+        h.detach().add_(g.sign())
+
+    h.register_hook(attack)
+    with pytest.raises(RecordingError, match="modified in place"):
+        passed(net, h, fisher=fisher, gradients=False).block.gram()
+
+
+def test_values_of_a_parameter_that_a_convolution_reads():
+    """They are the user's tensors, given for a while; neither they nor the model's own are held."""
+    net, x = made()
+    net.image = nn.Parameter(torch.randn_like(x))
+    net.forward = lambda scale: net.conv(net.image).flatten(1)[:, :C] * scale
+    value, ntk, ones = torch.randn_like(x), NTK(net), torch.ones(N, 1)
+    features = ntk.features(ones, {"image": value})
+    own, expected = ntk.features(ones), ntk.gram(features)
+    before = ntk.gram(own)
+    value.add_(1)
+    close(ntk.gram(features), expected)
+    with torch.no_grad():
+        net.image.add_(1)
+    close(ntk.gram(features), expected)
+    close(ntk.gram(own), before)
 
 
 # -- where patches are kept ------------------------------------------------------------------------

@@ -163,3 +163,50 @@ def test_errors_name_the_layer(monkeypatch):
     with backpack(KFAC("reduce", "empirical")):
         loss().backward()
     assert all(hasattr(p, "kfac") for p in model.parameters() if p.requires_grad)
+
+
+def test_old_results_go_as_vectors_arrive(monkeypatch):
+    """A pass that fails later leaves none of an earlier one where it has been."""
+    monkeypatch.setattr(Pending, "SMALL", 0)
+    model, loss = made()
+    ext = KFAC("reduce", "empirical")
+    with backpack(ext):
+        loss().backward()
+
+    def stop(grad):
+        raise KeyboardInterrupt
+
+    model.convs[0].weight.register_hook(stop)
+    with pytest.raises(KeyboardInterrupt), backpack(ext):
+        loss().backward()
+    assert not any(hasattr(p, "kfac") for p in model.parameters())
+
+
+def test_small_layers_and_rows_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(Pending, "SMALL", 2 * N * T * 4)
+    monkeypatch.setattr(Pending, "LIMIT", N * 24)
+    most, taken = [], Pending.take_small
+
+    def take_small(pending):
+        most.append(sum(map(len, pending.small.values())) + sum(map(len, pending.units.values())))
+        return taken(pending)
+
+    monkeypatch.setattr(Pending, "take_small", take_small)
+    model = nn.Sequential(
+        *(nn.Linear(4 + k % 2, 5 - k % 2) for k in range(9)), nn.Flatten(), nn.Linear(35, 3)
+    )
+    model, loss_fn = extend(model), extend(nn.CrossEntropyLoss())
+    with backpack(KFAC("reduce", "empirical")):
+        loss_fn(model(torch.rand(N, T, 4)), torch.randint(3, (N,))).backward()
+    assert max(most) <= 3
+
+
+def test_layers_on_several_devices_wait_apart():
+    pending, units = Pending(), []
+    for device in ("cpu", "meta", "cpu"):
+        unit = object.__new__(Unit)
+        unit.rule, unit.parameters, unit._positions = None, {"bias": None}, 2
+        unit._mean_a, unit._a, unit._b = None, None, torch.zeros(1, 1, 2, 1, 3, device=device)
+        units.append(unit)
+        pending.add_rows(unit)
+    assert pending.take_small() == ([], [[units[0], units[2]], [units[1]]])
