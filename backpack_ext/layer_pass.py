@@ -396,7 +396,7 @@ class LayerPass(Receiver):
             self._release(extensions, layers)
         for units in rows:
             with self._quiet(units[0].b):
-                self._hand_over(extensions[0], units, False)
+                extensions[0].absorb_all(self.stores[extensions[0]], units)
 
     def _absorb(self, extensions, layers: list[tuple[list[Site], list[Tensor]]]) -> None:
         """Hand layers of equal shape, each with its calls and their vectors, to the extensions."""
@@ -417,16 +417,12 @@ class LayerPass(Receiver):
                     if len(extensions) > 1 and sum(other.forms_grads for other in extensions) > 1:
                         for unit in units[rule]:
                             unit.keeps_grads = True
-                self._hand_over(ext, units[rule], extensions is self.main and ext.vectors.gradient)
-
-    def _hand_over(self, ext: Extension, units: list[Unit], gradient: bool) -> None:
-        """Hand layers of equal shape to an extension."""
-        for unit in units:
-            self._make_room(ext, unit)
-        if gradient:
-            ext.absorb_gradient(self.stores[ext], units)
-        else:
-            ext.absorb_all(self.stores[ext], units)
+                for unit in units[rule]:
+                    self._make_room(ext, unit)
+                if extensions is self.main and ext.vectors.gradient:
+                    ext.absorb_gradient(self.stores[ext], units[rule])
+                else:
+                    ext.absorb_all(self.stores[ext], units[rule])
 
     def _release(self, extensions, layers) -> None:
         """Let go of the inputs of calls that nothing will ask for any more, or that can be had again."""
